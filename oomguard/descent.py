@@ -1,0 +1,160 @@
+"""Down the ladder: choose the next rung, make the trainer obey it, write down what happened."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from oomguard.errors import ConfigurationError, LadderExhaustedError
+from oomguard.event import OOMEvent
+from oomguard.ladder import Fidelity, Ladder, RungLike, rung_fidelity, rung_name, rung_spent
+from oomguard.levers.live import Levers, Window
+from oomguard.memory.size import format_bytes
+from oomguard.plan import Plan
+from oomguard.report import Recovery, Report
+
+logger = logging.getLogger("oomguard")
+
+
+class Descent:
+    """The plan in force, and the way to the next one.
+
+    Attributes:
+        plan: What the trainer obeys now.
+    """
+
+    def __init__(self, ladder: Ladder, levers: Levers, report: Report) -> None:
+        """Start from the report's plan."""
+        self.plan = report.plan
+        self._ladder = ladder
+        self._levers = levers
+        self._report = report
+        self._skipped: dict[str, str] = {}
+
+    def take(
+        self, event: OOMEvent, window: Window, index: int, *, required: bool
+    ) -> tuple[RungLike, Plan] | None:
+        """Take the next rung for `event` and make the trainer obey it.
+
+        Args:
+            event: The failure.
+            window: The batches at hand, which tell what levers can do.
+            index: The batch of the window that failed.
+            required: Whether trying again without a rung is pointless.
+
+        Returns:
+            The rung and the plan before it; `None` when none was left and none was required.
+
+        Raises:
+            LadderExhaustedError: No rung is left and one was required.
+        """
+        before, chosen = self.plan, self._choose(event, window, index)
+        if chosen is None:
+            if required:
+                raise LadderExhaustedError(self._exhausted(event))
+            return None
+        rung, after = chosen
+        self._levers.apply(before, after)
+        self.plan = self._report.plan = after
+        return rung, before
+
+    def record(
+        self, event: OOMEvent, taken: tuple[RungLike, Plan] | None, seconds_lost: float
+    ) -> None:
+        """Add the recovery to the report and log its line."""
+        rung, before = taken if taken is not None else (None, self.plan)
+        recovery = Recovery(
+            event=event,
+            rung=None if rung is None else rung_name(rung),
+            fidelity=None if rung is None else rung_fidelity(rung),
+            before=before,
+            after=self.plan,
+            seconds_lost=seconds_lost,
+        )
+        self._report.recoveries.append(recovery)
+        logger.warning("%s", recovery.log_line())
+
+    def _choose(self, event: OOMEvent, window: Window, index: int) -> tuple[RungLike, Plan] | None:
+        for position, rung in enumerate(self._ladder):
+            proposal = self._proposal(rung, event, window, index)
+            if proposal is None:
+                continue
+            if rung_fidelity(rung) is Fidelity.SEMANTIC:
+                self._mention_exact(position, event, window, index)
+            return rung, proposal
+        return None
+
+    def _proposal(self, rung: RungLike, event: OOMEvent, window: Window, index: int) -> Plan | None:
+        proposal = rung(self.plan, event)
+        if proposal is None or proposal == self.plan:
+            return self._skip(rung, rung_spent(rung, self.plan, event))
+        if proposal.effective_batch_size != self.plan.effective_batch_size:
+            msg = (
+                f"{rung_name(rung)} would change the effective batch size from "
+                f"{self.plan.effective_batch_size} to {proposal.effective_batch_size}."
+            )
+            raise ConfigurationError(msg)
+        reason = self._levers.refusal(self.plan, proposal, window, index)
+        return proposal if reason is None else self._skip(rung, reason)
+
+    def _skip(self, rung: RungLike, reason: str) -> None:
+        name = rung_name(rung)
+        if self._skipped.get(name) != reason:
+            logger.info("%s skipped: %s", name, reason)
+        self._skipped[name] = reason
+
+    def _mention_exact(self, position: int, event: OOMEvent, window: Window, index: int) -> None:
+        for rung in list(self._ladder)[position + 1 :]:
+            if rung_fidelity(rung) is Fidelity.EXACT and self._proposal(rung, event, window, index):
+                logger.info(
+                    "%s, which is exact, could still act; ladder='exact_first' takes it before "
+                    "any rung that changes what is trained on.",
+                    rung_name(rung),
+                )
+                return
+
+    def _exhausted(self, event: OOMEvent) -> str:
+        taken = [r.rung for r in self._report.recoveries if r.rung is not None]
+        counts = ", ".join(f"{name} x {taken.count(name)}" for name in dict.fromkeys(taken))
+        skipped = "; ".join(f"{name}: {reason}" for name, reason in self._skipped.items())
+        numbers = [
+            f"{label} {format_bytes(size)}"
+            for label, size in (
+                ("asked", event.asked_bytes),
+                ("free", event.free_bytes),
+                ("of", event.total_bytes),
+            )
+            if size is not None
+        ]
+        advice = " ".join(f"({chr(97 + i)}) {text}" for i, text in enumerate(self._advice(event)))
+        sizes = f" ({', '.join(numbers)})" if numbers else ""
+        return (
+            f"Out of memory in {event.phase} of optimizer step {event.step}{sizes}, and the ladder "
+            f"is spent. "
+            f"Taken so far: {counts or 'no rung'}. Left out: {skipped or 'none'}. "
+            f"Nothing of step {event.step} was applied; weights and optimizer are those after step "
+            f"{event.step - 1}. What to change: {advice} The error was: {event.message}"
+        )
+
+    def _advice(self, event: OOMEvent) -> list[str]:
+        plan: Any = self.plan
+        advice = []
+        names = [rung_name(rung) for rung in self._ladder]
+        missing = [
+            f"{name}()"
+            for name in ("CheckpointActivations", "SplitBatch", "HalveSequence")
+            if name not in names
+        ]
+        if missing:
+            advice.append(f"add {', '.join(missing)} to the ladder;")
+        if plan.max_length is not None and "HalveSequence" in names:
+            floor = max(2, plan.max_length // 2)
+            advice.append(f"allow shorter rows with HalveSequence(floor={floor});")
+        if plan.optim is not None and "8bit" not in plan.optim:
+            advice.append(f"set optim='paged_adamw_8bit' (now {plan.optim!r});")
+        if plan.lora_r is None:
+            advice.append("train LoRA adapters (peft_config) instead of all weights;")
+        else:
+            advice.append(f"use fewer target_modules or a lower r (now {plan.lora_r});")
+        advice.append("load the base model in 4 bits, or use a larger card.")
+        return advice

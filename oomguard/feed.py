@@ -1,0 +1,133 @@
+"""Batches on their way from the data loader to the step, none lost and none twice.
+
+An exception that passes through a data loader's iterator ends it, with the samples it had drawn. So
+the places that can run out of memory are made to survive it in place: single operations through
+`AllocationRetry`, and the dataset's access, the collator and the move to the device as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from oomguard import oom, rng
+from oomguard.retry import AllocationRetry, MakeRoom
+
+T = TypeVar("T")
+
+
+def again(make_room: MakeRoom, action: Callable[..., T], *args: Any) -> T:
+    """`action(*args)`, repeated from the same random state after every out-of-memory."""
+    failures = 0
+    while True:
+        state = rng.snapshot()
+        try:
+            return action(*args)
+        except (RuntimeError, MemoryError) as error:
+            facts = oom.classify(error)
+            if facts is None:
+                raise
+            oom.release(error)
+        failures += 1
+        rng.restore(state)
+        make_room(facts, failures)
+
+
+class _Retried:
+    """A collator or a dataset whose calls are repeated after an out-of-memory.
+
+    A data-loader worker gets a copy that only passes calls on: it is another process, whose memory
+    is the host's.
+    """
+
+    def __init__(self, wrapped: Any, make_room: MakeRoom) -> None:
+        self.wrapped = wrapped
+        self.make_room: MakeRoom | None = make_room
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"wrapped": self.wrapped, "make_room": None}
+
+    def _call(self, action: Callable[..., T], *args: Any) -> T:
+        if self.make_room is None or get_worker_info() is not None:
+            return action(*args)
+        return again(self.make_room, action, *args)
+
+
+class _RetriedCollator(_Retried):
+    def __call__(self, features: list[Any]) -> Any:
+        return self._call(self.wrapped, features)
+
+
+class _RetriedDataset(_Retried, Dataset[Any]):
+    def __getattr__(self, name: str) -> Any:
+        if name in {"wrapped", "make_room"}:  # not set yet while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+    def __len__(self) -> int:
+        return len(self.wrapped)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._call(self.wrapped.__getitem__, index)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self._call(self._fetch, indices)
+
+    def _fetch(self, indices: list[int]) -> Any:
+        if getattr(self.wrapped, "__getitems__", None):
+            return self.wrapped.__getitems__(indices)
+        return [self.wrapped[index] for index in indices]
+
+
+class Feed:
+    """Makes a data loader's batches survive an out-of-memory on their way to the device."""
+
+    def __init__(self, make_room: MakeRoom) -> None:
+        self._make_room = make_room
+        self._move: Callable[[Any], Any] = lambda batch: batch
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self, loader: Any) -> Any:
+        """Prepare the training data loader until `detach`; returns it."""
+        self.detach()
+        plain = getattr(loader, "base_dataloader", loader)
+        if isinstance(plain, DataLoader):
+            if not isinstance(plain.dataset, IterableDataset):
+                # DataLoader forbids setting `dataset`, because a sampler was made for the old one;
+                # this one has the same length and the same items.
+                self._replace(plain, "dataset", _RetriedDataset(plain.dataset, self._make_room))
+            collator = _RetriedCollator(plain.collate_fn, self._make_room)
+            self._replace(plain, "collate_fn", collator)
+        target = getattr(loader, "device", None)
+        if isinstance(target, torch.device):
+            # accelerate would move the batch inside its generator, where a failure is final.
+            non_blocking = getattr(loader, "_non_blocking", False)
+            self._replace(loader, "device", None)
+            self._move = lambda batch: send_to_device(batch, target, non_blocking=non_blocking)
+        return loader
+
+    def detach(self) -> None:
+        """Leave the loader as it was."""
+        while self._undo:
+            self._undo.pop()()
+        self._move = lambda batch: batch
+
+    def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of `batches`, moved to the device."""
+        while True:
+            with AllocationRetry(self._make_room):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                batch = again(self._make_room, self._move, batch)
+            yield batch
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        original = vars(owner)[name]
+        vars(owner)[name] = value
+        self._undo.append(lambda: vars(owner).__setitem__(name, original))

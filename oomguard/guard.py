@@ -1,0 +1,157 @@
+"""Train a Trainer to its end although memory runs out: `fit` and `Guard`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from transformers import Trainer
+from typing_extensions import Self
+
+from oomguard import hooks
+from oomguard.descent import Descent
+from oomguard.errors import UnsupportedTrainerError
+from oomguard.ladder import Ladder, rung_name
+from oomguard.levers.live import Levers, read_plan
+from oomguard.report import Report, Status
+from oomguard.step import StepTransaction
+
+logger = logging.getLogger("oomguard")
+
+REPORT_NAME = "oomguard.json"
+
+
+def fit(trainer: Trainer, *, ladder: Ladder | str = "default", **train_arguments: Any) -> Report:
+    """Call `trainer.train()` and finish it although CUDA runs out of memory.
+
+    Every out-of-memory error takes the next rung of `ladder`; the optimizer step that failed is
+    made again from the same samples, and the training goes on.
+
+    Args:
+        trainer: A `transformers.Trainer`, `Seq2SeqTrainer` or TRL `SFTTrainer`, single process.
+        ladder: `"default"`, `"exact_first"`, or a `Ladder` of rungs.
+        **train_arguments: Passed to `trainer.train`, for example `resume_from_checkpoint=True`.
+
+    Returns:
+        The report; `report.train_output` is what `trainer.train()` returned.
+
+    Raises:
+        UnsupportedTrainerError: A setting of the trainer rules out an exact recovery.
+        ConfigurationError: The ladder cannot work.
+        LadderExhaustedError: Memory ran out and no rung was left.
+    """
+    with Guard(trainer, ladder=ladder) as guard:
+        guard.report.train_output = trainer.train(**train_arguments)
+    return guard.report
+
+
+class Guard:
+    """Guards every `trainer.train()` called inside its `with` block.
+
+    Attributes:
+        report: What happened; written to `args.output_dir/oomguard.json` at the end of the block,
+            also when training fails.
+    """
+
+    def __init__(self, trainer: Trainer, *, ladder: Ladder | str = "default") -> None:
+        """Check trainer and ladder; nothing is changed before the block is entered.
+
+        Raises:
+            UnsupportedTrainerError: A setting of the trainer rules out an exact recovery.
+            ConfigurationError: The ladder cannot work.
+        """
+        check(trainer)
+        self._trainer: Any = trainer
+        self._ladder = Ladder.of(ladder)
+        plan = read_plan(trainer)
+        names = tuple(rung_name(rung) for rung in self._ladder)
+        self.report = Report(initial_plan=plan, plan=plan, ladder=names)
+
+    def __enter__(self) -> Self:
+        """Put the guard in front of the trainer's class."""
+        check(self._trainer)
+        levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
+        descent = Descent(self._ladder, levers, self.report)
+        hooks.install(self._trainer, StepTransaction(self._trainer, levers, descent))
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the trainer its class back; write and show the report."""
+        hooks.uninstall(self._trainer)
+        self.report.seconds = time.perf_counter() - self._began
+        self.report.status = _status(error)
+        self.report.error = None if error is None else f"{type(error).__name__}: {error}"
+        if not self._trainer.is_world_process_zero():
+            return
+        path = Path(self._trainer.args.output_dir) / REPORT_NAME
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.report.save(path)
+        except OSError as failure:  # never in place of the training's own result or error
+            logger.warning("The report could not be written to %s: %s", path, failure)
+        console = Console()
+        if console.is_terminal or console.is_jupyter:
+            console.print(self.report)
+
+
+def _status(error: BaseException | None) -> Status:
+    if error is None:
+        return "finished"
+    return "failed" if isinstance(error, Exception) else "interrupted"
+
+
+def check(trainer: Any) -> None:
+    """Refuse a trainer under which a recovery could not be exact.
+
+    Raises:
+        UnsupportedTrainerError: Says which setting, and what to do instead.
+    """
+    if not isinstance(trainer, Trainer):
+        msg = (
+            f"fit() needs a transformers Trainer (or a subclass such as TRL's SFTTrainer), not "
+            f"{trainer!r}."
+        )
+        raise UnsupportedTrainerError(msg)
+    for reason in _reasons(trainer):
+        raise UnsupportedTrainerError(reason)
+
+
+def _reasons(trainer: Any) -> list[str]:
+    args, accelerator = trainer.args, trainer.accelerator
+    reasons = []
+    if hooks.is_installed(trainer):
+        reasons.append("This trainer is inside a Guard already; leave that block first.")
+    if getattr(args, "auto_find_batch_size", False):
+        reasons.append(
+            "auto_find_batch_size=True restarts from step 0 with another effective batch size "
+            "while weights stay changed; set auto_find_batch_size=False and let oomguard recover."
+        )
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        reasons.append(
+            "DeepSpeed steps the optimizer inside backward, so a failed step cannot be undone; "
+            "train without args.deepspeed."
+        )
+    if getattr(trainer, "is_fsdp_enabled", False):
+        reasons.append("FSDP shards weights over processes; train without args.fsdp.")
+    processes = max(args.world_size, accelerator.num_processes)
+    if processes > 1:
+        reasons.append(
+            f"{processes} processes train together. If one recovers alone the others hang or the "
+            "gradients are wrong, and agreeing on a recovery is not supported; use one process."
+        )
+    if args.n_gpu > 1:
+        reasons.append(
+            f"{args.n_gpu} GPUs under DataParallel; make one visible (CUDA_VISIBLE_DEVICES=0) or "
+            "load the model with a device_map."
+        )
+    return reasons

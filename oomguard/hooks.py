@@ -1,0 +1,190 @@
+"""Every point at which a Trainer is intercepted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from transformers import Trainer
+
+from oomguard.feed import Feed
+from oomguard.optimizer_step import AtomicStep
+from oomguard.retry import AllocationRetry, RetriedScalar
+from oomguard.step import StepTransaction
+
+
+class Hooks:
+    """What the intercepted methods work with, and what they have put on other objects."""
+
+    def __init__(self, trainer: Any, transaction: StepTransaction) -> None:
+        """Take the trainer and the transaction that its steps run in."""
+        self.transaction = transaction
+        self.feed = Feed(transaction.make_room)
+        self.atomic_step = AtomicStep(transaction.make_room)
+        self.setup = ExitStack()
+        self.running = False  # inside training_step
+        self._trainer = trainer
+        self._undo: list[Callable[[], None]] = []
+        self._source: Iterator[Any] | None = None
+        self._batches: Iterator[Any] = iter(())
+        self.loss_class = cast(
+            "type[RetriedScalar]",
+            type("RetriedScalar", (RetriedScalar,), {"make_room": self._bookkeeping}),
+        )
+
+    def _bookkeeping(self, facts: Any, failures: int) -> None:
+        self.transaction.make_room(facts, failures)
+
+    def batches(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
+        """The epoch's batches made safe; one and the same iterator per epoch."""
+        if epoch_iterator is not self._source:
+            self._source = epoch_iterator
+            self._batches = self.feed.iterate(epoch_iterator)
+            self._intercept(self._trainer.accelerator, "clip_grad_norm_", self._clip)
+            self._intercept(self._trainer.optimizer, "step", self._step)
+        return self._batches
+
+    def protect(self, phase: str, action: Callable[[], Any], *, spill: bool = False) -> Any:
+        """`action()`, repeating single operations that run out of memory."""
+        self.transaction.phase = phase
+        with AllocationRetry(self.transaction.make_room, spill=spill):
+            result = action()
+        self.transaction.phase = "bookkeeping"
+        return result
+
+    def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.protect("clip", functools.partial(clip, *args, **kwargs), spill=True)
+
+    def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.transaction.phase = "optimizer"
+        inner = self._trainer.optimizer
+        result = self.atomic_step(
+            getattr(inner, "optimizer", inner), functools.partial(step, *args, **kwargs)
+        )
+        self.transaction.phase = "bookkeeping"
+        return result
+
+    def _intercept(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Put `wrapper(original, ...)` in the place of a method of one object."""
+        original = getattr(owner, name)
+        if getattr(original, "_oomguard", False):
+            return
+        own = vars(owner).get(name)
+
+        # `wraps` carries over the mark by which lr_scheduler knows the step it has wrapped.
+        @functools.wraps(original)
+        def intercepted(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        intercepted._oomguard = True  # type: ignore[attr-defined]
+        setattr(owner, name, intercepted)
+        restore = functools.partial(setattr, owner, name, own)
+        self._undo.append(restore if own is not None else functools.partial(delattr, owner, name))
+
+    def remove(self) -> None:
+        """Leave loader, accelerator, optimizer and loss as they were."""
+        self.setup.close()
+        self.feed.detach()
+        while self._undo:
+            self._undo.pop()()
+        self.loss_class.make_room = None
+        self._source = None
+
+
+class GuardedTrainer(Trainer):
+    """Stands in front of the trainer's own class while a guard is installed."""
+
+    _oomguard: Hooks
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; what happens before the first step is protected operation by operation."""
+        hooks = self._oomguard
+        hooks.transaction.phase = "setup"
+        with hooks.setup:
+            hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; `eval_on_start` does so before the first step."""
+        self._oomguard.setup.close()
+        return super().evaluate(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own loader, made to survive an out-of-memory while it is read."""
+        return self._oomguard.feed.attach(super().get_train_dataloader())
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Begin the transaction of the next optimizer step."""
+        hooks = self._oomguard
+        hooks.setup.close()
+        original = super().get_batch_samples
+        return hooks.transaction.begin(
+            hooks.batches(epoch_iterator),
+            num_batches,
+            lambda batches, count: original(batches, count, device),
+        )
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Run one batch of the window, redoing the window when memory runs out."""
+        hooks = self._oomguard
+        original = super().training_step
+        hooks.running = True
+        try:
+            loss = hooks.transaction.run(lambda batch, num_items: original(model, batch, num_items))
+        finally:
+            hooks.running = False
+        hooks.transaction.phase = "bookkeeping"
+        return hooks.loss_class.of(loss)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loss, times the share of the pass it is computed on."""
+        hooks = self._oomguard
+        if not hooks.running:
+            return super().compute_loss(*args, **kwargs)
+        hooks.transaction.phase = "forward"
+        loss = hooks.transaction.weighted(super().compute_loss(*args, **kwargs))
+        hooks.transaction.phase = "backward"
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Protected bookkeeping between two batches."""
+        original = super().floating_point_ops
+        return int(self._oomguard.protect("bookkeeping", lambda: original(inputs)))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        original = super()._track_num_input_tokens
+        self._oomguard.protect("bookkeeping", lambda: original(inputs))
+
+
+def install(trainer: Any, transaction: StepTransaction) -> Hooks:
+    """Put `GuardedTrainer` in front of the trainer's class."""
+    own = type(trainer)
+    guarded = type(own.__name__, (GuardedTrainer, own), {"__doc__": own.__doc__})
+    guarded.__module__, guarded.__qualname__ = own.__module__, own.__qualname__
+    trainer._oomguard = hooks = Hooks(trainer, transaction)
+    trainer.__class__ = guarded
+    return hooks
+
+
+def is_installed(trainer: Any) -> bool:
+    """Whether a guard is on this trainer."""
+    return isinstance(trainer, GuardedTrainer)
+
+
+def own_compute_loss(trainer: Any) -> Callable[..., Any]:
+    """The trainer's own `compute_loss`, past the guard's."""
+    return functools.partial(type(trainer).compute_loss, trainer)
+
+
+def uninstall(trainer: Any) -> None:
+    """Make the trainer its own class again."""
+    trainer._oomguard.remove()
+    del trainer._oomguard
+    trainer.__class__ = type(trainer).__mro__[2]

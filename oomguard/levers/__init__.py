@@ -1,0 +1,1 @@
+"""Levers: the code that makes a live trainer obey a plan."""

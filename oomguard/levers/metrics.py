@@ -1,0 +1,74 @@
+"""The running metrics that a trainer keeps in plain Python: roll back, merge over passes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+# Added up by the Trainer's loop between two micro-batches, so no attempt to run one changes it.
+_LOOP_OWNS = "current_flos"
+_LARGEST_DICT = 1000
+
+
+def mark(trainer: Any) -> Callable[[], None]:
+    """Remember the trainer's numbers, lists and dicts; the result puts them back.
+
+    Lists are remembered by their length: metrics are appended, and a data set kept as a list must
+    not be copied at every step. Of tensors and of objects nothing is remembered.
+    """
+    undo: list[Callable[[], None]] = []
+    for name, value in vars(trainer).items():
+        if isinstance(value, (int, float)) and name != _LOOP_OWNS:
+            undo.append(partial(setattr, trainer, name, value))
+        else:
+            _mark(value, undo)
+
+    def restore() -> None:
+        for action in undo:
+            action()
+
+    return restore
+
+
+def _mark(value: Any, undo: list[Callable[[], None]]) -> None:
+    if isinstance(value, list):
+        undo.append(partial(_truncate, value, len(value)))
+    elif isinstance(value, dict) and len(value) <= _LARGEST_DICT:
+        undo.append(partial(_refill, value, dict(value)))
+        for inner in value.values():
+            _mark(inner, undo)
+    elif isinstance(value, deque):
+        undo.append(partial(_refill, value, list(value)))
+
+
+def _truncate(values: list[Any], length: int) -> None:
+    del values[length:]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, dict) else container.extend)(content)
+
+
+def lengths(trainer: Any) -> dict[str, int]:
+    """Entries of each of TRL's training metrics; empty for other trainers."""
+    metrics = getattr(trainer, "_metrics", None)
+    train = metrics.get("train") if isinstance(metrics, dict) else None
+    return {key: len(values) for key, values in train.items()} if isinstance(train, dict) else {}
+
+
+def merge(trainer: Any, before: dict[str, int], weights: list[float]) -> None:
+    """Turn the entries that the passes of one batch made into the one the whole batch makes.
+
+    Args:
+        trainer: The trainer, after the passes.
+        before: `lengths` before them.
+        weights: The share of each pass, adding up to 1.
+    """
+    for key, length in lengths(trainer).items():
+        values = trainer._metrics["train"][key]
+        start = before.get(key, 0)
+        if length - start == len(weights) > 1:
+            values[start:] = [sum(w * v for w, v in zip(weights, values[start:], strict=True))]

@@ -1,0 +1,1 @@
+"""Memory in bytes: sizes as text, readings of the device."""

@@ -1,0 +1,150 @@
+"""Out-of-memory outside forward and backward: repeat the one operation that failed.
+
+Between backward and the next batch a step mutates what cannot be recomputed: gradients are clipped,
+moments and weights updated, the loader's iterator moves on. An operation that could not allocate
+its result has changed nothing yet, so the code that called it waits while memory is made, and then
+goes on as if the operation had been slow. Nothing is copied and nothing is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from oomguard import oom
+
+MakeRoom = Callable[[oom.OOMFacts, int], None]
+"""Called with the failure and the number of failed tries of this operation; frees what it can.
+
+Raises when nothing more can be done."""
+
+
+def off_card() -> Any:
+    """A context whose tensors belong to the host: a `VirtualCard` does not see them."""
+    return _disable_current_modes()
+
+
+class AllocationRetry(TorchDispatchMode):
+    """While entered, an operation that runs out of memory is repeated after `make_room`.
+
+    Args:
+        make_room: Frees memory, or raises to give up.
+        spill: Whether an operation that fails again is computed on the host. Its results stay
+            there, and what is computed with them too, until they are written back into a tensor of
+            the device. Only for regions whose new tensors are temporary.
+
+    Attributes:
+        mutations: How many operations that change one of their arguments have run.
+    """
+
+    def __init__(self, make_room: MakeRoom, *, spill: bool = False) -> None:
+        super().__init__()
+        self._make_room = make_room
+        self._spill = spill
+        self.mutations = 0
+        # Keeps the host results alive: their ids tell which later operations must follow them.
+        self._on_host: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run `func`, making room as often as it fails."""
+        kwargs = kwargs or {}
+        failures = 0
+        while not self._follows_host(args, kwargs) and not (self._spill and failures > 1):
+            try:
+                result = func(*args, **kwargs)
+                self.mutations += func._schema.is_mutable
+                return result
+            except (RuntimeError, MemoryError) as error:
+                facts = oom.classify(error)
+                if facts is None:
+                    raise
+                oom.release(error)
+            failures += 1
+            if not (self._spill and failures > 1):
+                self._make_room(facts, failures)
+        self.mutations += func._schema.is_mutable
+        return self._run_on_host(func, args, kwargs)
+
+    def __exit__(self, *exc_info: Any) -> Any:
+        self._on_host.clear()
+        return super().__exit__(*exc_info)
+
+    def _follows_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self._on_host:
+            return False
+        found = False
+
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal found
+            found = found or id(tensor) in self._on_host
+            return tensor
+
+        tree_map_only(torch.Tensor, look, (args, kwargs))
+        return found
+
+    def _run_on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def to_host(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) in self._on_host:
+                return tensor
+            if id(tensor) not in copies:
+                copies[id(tensor)] = (tensor, tensor.detach().to("cpu", copy=True))
+            return copies[id(tensor)][1]
+
+        with off_card():
+            host_args, host_kwargs = tree_map_only(torch.Tensor, to_host, (args, kwargs))
+            if "device" in host_kwargs:
+                host_kwargs["device"] = torch.device("cpu")
+            result = func(*host_args, **host_kwargs)
+            originals = {id(copy): tensor for tensor, copy in copies.values()}
+            if func._schema.is_mutable:
+                for tensor, copy in copies.values():
+                    tensor.copy_(copy)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) in originals:  # an in-place operation returns its argument
+                return originals[id(tensor)]
+            self._on_host[id(tensor)] = tensor
+            return tensor
+
+        return tree_map_only(torch.Tensor, keep, result)
+
+
+class RetriedScalar(torch.Tensor):
+    """The loss as the Trainer sees it: its own small arithmetic on it survives an out-of-memory.
+
+    `Trainer` tests the loss for NaN and adds it up in the body of its loop, where no method can be
+    overridden. Results of operations on it are of the same class.
+    """
+
+    make_room: ClassVar[MakeRoom | None] = None
+
+    @classmethod
+    def of(cls, loss: torch.Tensor) -> torch.Tensor:
+        """`loss` itself, seen as this class."""
+        return loss.as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run `func` under an `AllocationRetry` while the guard is there."""
+        if cls.make_room is None:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        with AllocationRetry(cls.make_room):
+            return super().__torch_function__(func, types, args, kwargs or {})

@@ -1,0 +1,240 @@
+"""The transaction of one optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from oomguard import oom, rng
+from oomguard.descent import Descent
+from oomguard.event import OOMEvent
+from oomguard.levers import metrics
+from oomguard.levers.batch import CannotActError, count_targets, measure, token_ids
+from oomguard.levers.live import Levers, Window
+from oomguard.levers.micro_batch import split
+from oomguard.memory import device
+from oomguard.retry import AllocationRetry
+
+logger = logging.getLogger("oomguard")
+
+RunBatch = Callable[[Any, Any], torch.Tensor]
+"""The trainer's own `training_step` on one batch with `num_items_in_batch`; returns its loss."""
+GetBatches = Callable[[Iterator[Any], int], tuple[list[Any], Any]]
+"""The trainer's own `get_batch_samples`: from an iterator and a number of batches."""
+
+
+class StepTransaction:
+    """Redoes an optimizer step that ran out of memory, as if it had never been tried.
+
+    Attributes:
+        phase: Where the trainer is, as in `OOMEvent.phase`.
+    """
+
+    def __init__(self, trainer: Any, levers: Levers, descent: Descent) -> None:
+        """Start with no step under way."""
+        self.phase = "setup"
+        self._trainer = trainer
+        self._levers = levers
+        self._descent = descent
+        self._initial_length = descent.plan.max_length
+        self._uncut = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._window = Window([])
+        self._weight: float | None = None
+        self._pass: Any = None
+        self._reported: list[torch.Tensor] = []
+        self._states: list[rng.RandomState] = []
+        self._restore_metrics: Callable[[], None] = lambda: None
+        self._get: GetBatches | None = None
+        self._began = time.perf_counter()
+
+    # The window: all batches of one optimizer step.
+
+    def begin(self, batches: Iterator[Any], count: int, get: GetBatches) -> tuple[list[Any], Any]:
+        """Fetch the batches of the next optimizer step.
+
+        Args:
+            batches: The epoch's iterator, made safe by a `Feed`.
+            count: How many batches the step takes.
+            get: The trainer's own `get_batch_samples`.
+        """
+        self.phase = "fetch"
+        with AllocationRetry(self.make_room):
+            # Levers judge by the last window while this one is on its way.
+            fetched, num_items = get(batches, count)
+            self._forget()
+            self._window, self._get = Window(fetched, num_items), get
+            self._cut_window()
+        self.phase = "bookkeeping"
+        return self._window.batches, self._window.num_items
+
+    def _cut_window(self) -> None:
+        """Obey `Plan.max_length`; truncation changes the number of targets, so count anew."""
+        plan = self._descent.plan
+        if plan.max_length == self._initial_length or self._get is None:
+            return
+        batches = self._window.batches
+        try:
+            cut = [self._levers.shorten(batch, plan) for batch in batches]
+        except CannotActError as error:
+            if not self._uncut:
+                logger.warning("max_length %s is not kept: %s", plan.max_length, error)
+            self._uncut = True
+            return
+        if any(new is not old for new, old in zip(cut, batches, strict=True)):
+            # In place: the Trainer's loop goes on with this very list.
+            batches[:] = cut
+            _, self._window.num_items = self._get(iter(cut), len(cut))
+
+    # Forward and backward: undo the window and run it again.
+
+    def run(self, run_batch: RunBatch) -> torch.Tensor:
+        """Run the window's next batch; after an out-of-memory, replay the window up to it.
+
+        Returns:
+            The loss to report for this batch. The Trainer has added up the losses that earlier
+            batches of the window had before a replay, so this one makes up for the difference.
+        """
+        index = len(self._reported)
+        with AllocationRetry(self.make_room):
+            self._states.append(rng.snapshot())
+        if index == 0:
+            self._restore_metrics = metrics.mark(self._trainer)
+            self._began = time.perf_counter()
+        replay = False
+        while True:
+            try:
+                loss = self._replay(index, run_batch) if replay else self._run(index, run_batch)
+                self._reported.append(loss)
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                facts = oom.classify(error)
+                if facts is None:
+                    raise
+                oom.release(error)
+            self._undo(index)
+            self._descend(facts, index)
+            replay = True
+
+    def _undo(self, index: int) -> None:
+        self._weight = None
+        for parameter in self._trainer.model.parameters():
+            parameter.grad = None
+        self._restore_metrics()
+        rng.restore(self._states[index])
+        device.release_cached()
+
+    def _descend(self, facts: oom.OOMFacts, index: int) -> None:
+        event = self._event(facts, index)
+        # What levers allocate themselves is small: the room that one more collection makes must do.
+        with AllocationRetry(_release_once):
+            taken = self._descent.take(event, self._window, index, required=True)
+            self._cut_window()
+        now = time.perf_counter()
+        self._descent.record(event, taken, now - self._began)
+        self._began = now
+
+    def _replay(self, index: int, run_batch: RunBatch) -> torch.Tensor:
+        correction: torch.Tensor | None = None
+        for earlier in range(index):
+            rng.restore(self._states[earlier])
+            new = self._run(earlier, run_batch)
+            difference = new - self._reported[earlier]
+            correction = difference if correction is None else correction + difference
+        rng.restore(self._states[index])
+        loss = self._run(index, run_batch)
+        if correction is None or not bool(correction.isfinite().all()):
+            return loss
+        return loss + correction
+
+    def _run(self, index: int, run_batch: RunBatch) -> torch.Tensor:
+        """One batch, in as many passes as the plan asks for."""
+        batch, num_items = self._window.batches[index], self._window.num_items
+        self._pass = batch
+        passes = self._passes(batch, num_items)
+        if passes is None:
+            return run_batch(batch, num_items)
+        weights = self._levers.split_loss.weights(passes) if self._levers.split_loss else None
+        before = metrics.lengths(self._trainer)
+        total: torch.Tensor | None = None
+        for position, part in enumerate(passes):
+            self._pass, self._weight = part, None if weights is None else weights[position]
+            if self._weight == 0:  # no target: its mean is 0/0, its share nothing
+                continue
+            loss = run_batch(part, num_items)
+            total = loss if total is None else total + loss
+        self._weight = None
+        metrics.merge(self._trainer, before, _shares(passes))
+        assert total is not None  # noqa: S101 - a batch has at least one pass
+        return total
+
+    def _passes(self, batch: Any, num_items: Any) -> list[dict[str, Any]] | None:
+        limit = self._descent.plan.max_pass_tokens
+        ids = token_ids(batch)
+        if limit is None or ids is None or ids.numel() <= limit:
+            return None
+        if self._levers.refuses_split(batch, num_items) is not None:
+            return None
+        passes = split(batch, limit)
+        return passes if len(passes) > 1 else None
+
+    def weighted(self, loss: Any) -> Any:
+        """A pass's loss, or `(loss, outputs)`, multiplied by its share of the batch."""
+        if self._weight is None:
+            return loss
+        if isinstance(loss, tuple):
+            return (loss[0] * self._weight, *loss[1:])
+        return loss * self._weight
+
+    # Everywhere else: make room, and let the operation that failed be repeated.
+
+    def make_room(self, facts: oom.OOMFacts, failures: int) -> None:
+        """Between two steps: release what can be, take a rung, obey it at once.
+
+        The first failure of an operation is forgiven without a rung where none is left.
+        """
+        began = time.perf_counter()
+        device.release_cached()
+        event = self._event(facts, max(0, len(self._reported) - 1))
+        taken = self._descent.take(
+            event, self._window, event.micro_batch or 0, required=failures > 1
+        )
+        self._descent.record(event, taken, time.perf_counter() - began)
+
+    def _event(self, facts: oom.OOMFacts, index: int) -> OOMEvent:
+        known = self._pass if self._pass is not None else next(iter(self._window.batches), None)
+        shape = measure(known)
+        allocated, reserved = device.allocated_and_reserved_bytes()
+        return OOMEvent(
+            phase=self.phase,
+            step=self._trainer.state.global_step + 1,
+            micro_batch=index if self._window.batches else None,
+            rows=None if shape is None else shape.units,
+            width=None if shape is None else shape.width,
+            tokens=None if shape is None else shape.tokens,
+            asked_bytes=facts.asked_bytes,
+            free_bytes=facts.free_bytes,
+            total_bytes=facts.total_bytes,
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+            message=facts.message,
+        )
+
+
+def _release_once(facts: oom.OOMFacts, failures: int) -> None:
+    if failures > 1:
+        raise torch.OutOfMemoryError(facts.message)
+    device.release_cached()
+
+
+def _shares(passes: list[dict[str, Any]]) -> list[float]:
+    """Each pass's share of the targets, which is what TRL's metrics are means over."""
+    counts = [count_targets(part, shift=True) or 0 for part in passes]
+    total = sum(counts)
+    return [count / total if total else 1 / len(counts) for count in counts]

@@ -1,0 +1,142 @@
+"""Real trainers on real text, small enough to run in a second."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig, SFTTrainer
+
+LORA = LoraConfig(
+    r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+)
+
+
+@cache
+def texts() -> tuple[str, ...]:
+    """Paragraphs of the Python language reference, of very different lengths."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    paragraphs = [part for text in topics.values() for part in text.split("\n\n")]
+    return tuple(part.strip() for part in paragraphs if len(part) > 80)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 512 tokens, trained on the texts."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
+    bpe.train_from_iterator(
+        texts()[:400],
+        trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<eos>"]),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+def config(**changes: Any) -> LlamaConfig:
+    """A Llama of two layers."""
+    values: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    """The Llama with the same random weights every time."""
+    set_seed(0)
+    return LlamaForCausalLM(config(**changes))
+
+
+def text_dataset(rows: int = 32) -> Dataset:
+    """Plain text."""
+    return Dataset.from_dict({"text": list(texts()[:rows])})
+
+
+def prompt_dataset(rows: int = 32) -> Dataset:
+    """Prompt and completion: the first third of a paragraph, and the rest."""
+    pairs = [(text[: len(text) // 3], text[len(text) // 3 :]) for text in texts()[:rows]]
+    return Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
+
+
+def sft_config(output_dir: Path, **changes: Any) -> SFTConfig:
+    """Four optimizer steps of 2 x 4 rows."""
+    values: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "max_length": 96,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "seed": 3,
+    }
+    return SFTConfig(**{**values, **changes})
+
+
+def sft_trainer(
+    output_dir: Path,
+    *,
+    lora: LoraConfig | None = LORA,
+    dataset: Dataset | None = None,
+    model: Any = None,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
+    trainer_arguments: dict[str, Any] | None = None,
+    **changes: Any,
+) -> SFTTrainer:
+    """An SFTTrainer; `changes` go to its `SFTConfig`."""
+    model = llama() if model is None else model
+    return trainer_class(
+        model=model,
+        args=sft_config(output_dir, **changes),
+        train_dataset=text_dataset() if dataset is None else dataset,
+        processing_class=tokenizer(),
+        peft_config=lora,
+        **(trainer_arguments or {}),
+    )
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """Copies of all trained weights."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference of any weight."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def logged(trainer: Any, *names: str) -> list[tuple[float, ...]]:
+    """The named values of every log line that has them all."""
+    return [
+        tuple(line[name] for name in names)
+        for line in trainer.state.log_history
+        if all(name in line for name in names)
+    ]
