@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from oomguard.errors import ConfigurationError, LadderExhaustedError
-from oomguard.event import OOMEvent
 from oomguard.ladder import Fidelity, Ladder, RungLike, rung_fidelity, rung_name, rung_spent
-from oomguard.levers.live import Levers, Window
 from oomguard.memory.size import format_bytes
-from oomguard.plan import Plan
 from oomguard.report import Recovery, Report
+
+if TYPE_CHECKING:
+    from oomguard.event import OOMEvent
+    from oomguard.levers.live import Levers, Window
+    from oomguard.plan import Plan
 
 logger = logging.getLogger("oomguard")
 
@@ -87,7 +89,8 @@ class Descent:
     def _proposal(self, rung: RungLike, event: OOMEvent, window: Window, index: int) -> Plan | None:
         proposal = rung(self.plan, event)
         if proposal is None or proposal == self.plan:
-            return self._skip(rung, rung_spent(rung, self.plan, event))
+            self._skip(rung, rung_spent(rung, self.plan, event))
+            return None
         if proposal.effective_batch_size != self.plan.effective_batch_size:
             msg = (
                 f"{rung_name(rung)} would change the effective batch size from "
@@ -95,7 +98,10 @@ class Descent:
             )
             raise ConfigurationError(msg)
         reason = self._levers.refusal(self.plan, proposal, window, index)
-        return proposal if reason is None else self._skip(rung, reason)
+        if reason is not None:
+            self._skip(rung, reason)
+            return None
+        return proposal
 
     def _skip(self, rung: RungLike, reason: str) -> None:
         name = rung_name(rung)
@@ -137,7 +143,7 @@ class Descent:
         )
 
     def _advice(self, event: OOMEvent) -> list[str]:
-        plan: Any = self.plan
+        plan = self.plan
         advice = []
         names = [rung_name(rung) for rung in self._ladder]
         missing = [

@@ -7,8 +7,7 @@ the places that can run out of memory are made to survive it in place: single op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -16,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from oomguard import oom, rng
 from oomguard.retry import AllocationRetry, MakeRoom
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 

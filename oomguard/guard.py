@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from transformers import Trainer
-from typing_extensions import Self
 
 from oomguard import hooks
 from oomguard.descent import Descent
@@ -19,6 +17,9 @@ from oomguard.ladder import Ladder, rung_name
 from oomguard.levers.live import Levers, read_plan
 from oomguard.report import Report, Status
 from oomguard.step import StepTransaction
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 logger = logging.getLogger("oomguard")
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import Trainer
 
 from oomguard.feed import Feed
 from oomguard.optimizer_step import AtomicStep
 from oomguard.retry import AllocationRetry, RetriedScalar
-from oomguard.step import StepTransaction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from oomguard.step import StepTransaction
 
 
 class Hooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from typing import ClassVar
 
 from oomguard.errors import ConfigurationError
@@ -12,7 +12,7 @@ from oomguard.event import OOMEvent
 from oomguard.plan import Plan
 
 
-class Fidelity(str, Enum):
+class Fidelity(StrEnum):
     """What a rung does to the result of the training."""
 
     EXACT = "exact"
@@ -146,7 +146,7 @@ class SplitBatch(Rung):
 
     def spent(self, plan: Plan, event: OOMEvent) -> str:
         """See `Rung.spent`."""
-        if event.rows is None and plan.max_length is None:
+        if event.width is None and plan.max_length is None:
             return "no batch has been seen yet and max_length is not set"
         return "the pass that failed is already a single row"
 

@@ -8,14 +8,16 @@ temporaries only: a failed operation is repeated, at last on the host, so that t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oomguard import oom
 from oomguard.errors import OomguardError
 from oomguard.retry import AllocationRetry, MakeRoom, off_card
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class AtomicStep:

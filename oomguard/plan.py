@@ -14,7 +14,9 @@ _AT_LEAST_ONE = (
     "micro_batch_size",
     "max_pass_tokens",
     "max_length",
+    "lora_r",
 )
+_REQUIRED = _AT_LEAST_ONE[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,17 @@ class Plan:
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or value < 1):
-                msg = f"Plan.{name} is {value!r}; it must be 1 or more."
+            if value is None and name not in _REQUIRED:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                msg = f"Plan.{name} is {value!r}; it must be a whole number of 1 or more."
                 raise ConfigurationError(msg)
+        if self.sequence_mode not in {None, "windows", "truncate"}:
+            msg = f"Plan.sequence_mode is {self.sequence_mode!r}; use 'windows' or 'truncate'."
+            raise ConfigurationError(msg)
+        if isinstance(self.target_modules, str):
+            msg = f"Plan.target_modules is {self.target_modules!r}; give a tuple of names."
+            raise ConfigurationError(msg)
 
     @property
     def effective_batch_size(self) -> int:
@@ -80,7 +90,7 @@ class Plan:
         """The step from here to `after` in words, as in `8 x 4 -> 4 x 8 passes`."""
         parts = []
         changed = self.changes(after)
-        if "micro_batch_size" in changed:
+        if self._passes() != after._passes():
             parts.append(f"{self._passes()} -> {after._passes()} passes")
             changed.pop("max_pass_tokens", None)
         elif "max_length" in changed:

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from oomguard import oom
+from oomguard import oom, rng
 
 MakeRoom = Callable[[oom.OOMFacts, int], None]
 """Called with the failure and the number of failed tries of this operation; frees what it can.
@@ -59,16 +59,19 @@ class AllocationRetry(TorchDispatchMode):
         """Run `func`, making room as often as it fails."""
         kwargs = kwargs or {}
         failures = 0
+        put_back_random_state = _random_state(func, kwargs)
         while not self._follows_host(args, kwargs) and not (self._spill and failures > 1):
             try:
                 result = func(*args, **kwargs)
-                self.mutations += func._schema.is_mutable
-                return result
             except (RuntimeError, MemoryError) as error:
                 facts = oom.classify(error)
                 if facts is None:
                     raise
                 oom.release(error)
+            else:
+                self.mutations += func._schema.is_mutable
+                return result
+            put_back_random_state()
             failures += 1
             if not (self._spill and failures > 1):
                 self._make_room(facts, failures)
@@ -119,6 +122,25 @@ class AllocationRetry(TorchDispatchMode):
             return tensor
 
         return tree_map_only(torch.Tensor, keep, result)
+
+
+def _random_state(func: Any, kwargs: dict[str, Any]) -> Callable[[], None]:
+    """What puts back the generators that an operation draws from.
+
+    A card allocates before it draws; a `VirtualCard` notices the allocation afterwards.
+    """
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return lambda: None
+    generator = kwargs.get("generator")
+    own = None if generator is None else generator.get_state()
+    state = rng.snapshot()
+
+    def put_back() -> None:
+        rng.restore(state)
+        if generator is not None:
+            generator.set_state(own)
+
+    return put_back
 
 
 class RetriedScalar(torch.Tensor):

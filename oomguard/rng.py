@@ -18,7 +18,7 @@ class RandomState:
 
     python: tuple[Any, ...]
     numpy: Any
-    torch: torch.Tensor
+    cpu: torch.Tensor
     devices: list[torch.Tensor]
 
 
@@ -37,5 +37,5 @@ def restore(state: RandomState) -> None:
     """
     random.setstate(state.python)
     np.random.set_state(state.numpy)
-    torch.set_rng_state(state.torch)
+    torch.set_rng_state(state.cpu)
     device.set_rng_states(state.devices)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oomguard import oom, rng
-from oomguard.descent import Descent
 from oomguard.event import OOMEvent
 from oomguard.levers import metrics
 from oomguard.levers.batch import CannotActError, count_targets, measure, token_ids
@@ -18,6 +17,9 @@ from oomguard.levers.live import Levers, Window
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
 from oomguard.retry import AllocationRetry
+
+if TYPE_CHECKING:
+    from oomguard.descent import Descent
 
 logger = logging.getLogger("oomguard")
 
@@ -111,13 +113,14 @@ class StepTransaction:
         while True:
             try:
                 loss = self._replay(index, run_batch) if replay else self._run(index, run_batch)
-                self._reported.append(loss)
-                return loss
             except (RuntimeError, MemoryError) as error:
                 facts = oom.classify(error)
                 if facts is None:
                     raise
                 oom.release(error)
+            else:
+                self._reported.append(loss)
+                return loss
             self._undo(index)
             self._descend(facts, index)
             replay = True

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    _disable_current_modes,
     is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
@@ -126,9 +125,7 @@ class VirtualCard(TorchDispatchMode):
             msg = f"this VirtualCard is {self._state}: call track() inside its `with` block"
             raise RuntimeError(msg)
         loaded: list[int] = []
-        with _disable_current_modes():
-            storages = list(_storages(list(_owned(items))))
-        for storage in storages:
+        for storage in _storages(list(_owned(items))):
             nbytes = _rounded(storage)
             if id(storage) in self._held or storage.device.type == "meta":
                 continue

@@ -29,6 +29,8 @@ COLLATORS = {f"padded {name}": collator for name, collator in PADDED.items()} | 
 }
 PAD = 0
 LIMITS = st.integers(2, 31)
+# A last text of one token, which no loss can train, may be taken for the padding of a flat row.
+TEXTS = texts().filter(lambda drawn: len(drawn[-1]["input_ids"]) > 1)
 every_collator = pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS)
 
 
@@ -78,7 +80,7 @@ def check_form(batch: Mapping[str, Any], max_length: int) -> None:
 
 
 @every_collator
-@given(drawn=texts(), max_length=LIMITS)
+@given(drawn=TEXTS, max_length=LIMITS)
 @settings(max_examples=25, deadline=None)
 def test_windows_train_every_target_once_after_half_a_window(
     collator: Collator, drawn: list[Text], max_length: int
@@ -109,9 +111,7 @@ def _check_context(shortened: Mapping[str, Any], drawn: list[Text], max_length: 
     firsts = {text["input_ids"][0] for text in drawn}
     whole = [text["input_ids"] for text in drawn if len(text["input_ids"]) <= max_length]
     kept = kept_texts(shortened)
-    assert [ids for ids, _ in kept if ids in whole] == whole or not any(
-        trained(labels) for _, labels in kept
-    )
+    assert [ids for ids, _ in kept if ids in whole] == whole
     for ids, labels in kept:
         if ids[0] not in firsts:
             assert min(trained(labels)) >= max_length // 2
@@ -121,14 +121,12 @@ def _check_context(shortened: Mapping[str, Any], drawn: list[Text], max_length: 
 
 
 @every_collator
-@given(drawn=texts(), max_length=LIMITS)
+@given(drawn=TEXTS, max_length=LIMITS)
 @settings(max_examples=25, deadline=None)
 def test_truncation_leaves_every_text_a_target(
     collator: Collator, drawn: list[Text], max_length: int
 ) -> None:
     assume(max(len(text["input_ids"]) for text in drawn) > max_length)
-    # Two tokens of which the second may be trained: never taken for padding at the end of a row.
-    assume(len(drawn[-1]["input_ids"]) > 1)
     batch = collator(drawn)
     shortened = shorten(batch, max_length, "truncate", PAD)
     check_form(shortened, max_length)

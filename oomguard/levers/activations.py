@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 # Keys of `activation_checkpointing_kwargs` that choose layers and storage; the rest goes to
 # `torch.utils.checkpoint.checkpoint`.
@@ -13,8 +14,8 @@ _NOT_FOR_TORCH = ("every_n_layers", "offload")
 
 def base_model(trainer: Any) -> nn.Module:
     """The transformers model inside accelerate's, torch.compile's and PEFT's wrappers."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return cast("nn.Module", model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def is_checkpointing(trainer: Any) -> bool:

@@ -98,7 +98,7 @@ class Levers:
         return None
 
     def apply(self, before: Plan, after: Plan) -> None:
-        """Make the trainer obey `after`; limits on passes and rows are read from the plan itself."""
+        """Make the trainer obey `after`; limits of passes and rows are read from the plan."""
         if after.gradient_checkpointing and not before.gradient_checkpointing:
             activations.enable(self._trainer)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Added up by the Trainer's loop between two micro-batches, so no attempt to run one changes it.
 _LOOP_OWNS = "current_flos"
