@@ -144,6 +144,12 @@ def _reasons(trainer: Any) -> list[str]:
         )
     if getattr(trainer, "is_fsdp_enabled", False):
         reasons.append("FSDP shards weights over processes; train without args.fsdp.")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optim or optim.endswith("_layerwise"):
+        reasons.append(
+            f"optim={optim!r} updates weights inside backward, so a failed backward cannot be "
+            "undone; choose another optim, for example 'paged_adamw_8bit'."
+        )
     processes = max(args.world_size, accelerator.num_processes)
     if processes > 1:
         reasons.append(

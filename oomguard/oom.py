@@ -67,7 +67,8 @@ def classify(error: BaseException) -> OOMFacts | None:
         lowered = text.lower()
         if not any(known in lowered for known in _TEXTS) and not _NCCL.search(text):
             return None
-    message = text.strip().split("\n")[0] or type(error).__name__
+    first_line = text.strip().split("\n")[0] or type(error).__name__
+    message = first_line.partition(" If reserved but unallocated")[0]  # advice, not a fact
     free, allowed, in_use = _read(_FREE, text), _read(_ALLOWED, text), _read(_IN_USE, text)
     if free is not None and allowed is not None and in_use is not None:
         # Under set_per_process_memory_fraction the device's free memory is not the limit.

@@ -43,7 +43,7 @@ class StepTransaction:
         self._levers = levers
         self._descent = descent
         self._initial_length = descent.plan.max_length
-        self._uncut = False
+        self._mentioned: set[str] = set()
         self._forget()
 
     def _forget(self) -> None:
@@ -85,9 +85,7 @@ class StepTransaction:
         try:
             cut = [self._levers.shorten(batch, plan) for batch in batches]
         except CannotActError as error:
-            if not self._uncut:
-                logger.warning("max_length %s is not kept: %s", plan.max_length, error)
-            self._uncut = True
+            self._mention(f"max_length={plan.max_length} is not kept: {error}")
             return
         if any(new is not old for new, old in zip(cut, batches, strict=True)):
             # In place: the Trainer's loop goes on with this very list.
@@ -178,14 +176,29 @@ class StepTransaction:
         return total
 
     def _passes(self, batch: Any, num_items: Any) -> list[dict[str, Any]] | None:
-        limit = self._descent.plan.max_pass_tokens
-        ids = token_ids(batch)
+        """The passes that the plan asks for, or `None` for the batch as it is."""
+        limit, ids = self._descent.plan.max_pass_tokens, token_ids(batch)
         if limit is None or ids is None or ids.numel() <= limit:
             return None
-        if self._levers.refuses_split(batch, num_items) is not None:
-            return None
-        passes = split(batch, limit)
-        return passes if len(passes) > 1 else None
+        reason = None
+        try:
+            passes = split(batch, limit)
+        except CannotActError as error:
+            reason = str(error)
+        else:
+            if len(passes) == 1:
+                return None
+            if self._levers.split_loss is None:  # the plan came from a batch that needed no passes
+                reason = self._levers.refuses_split(batch, num_items)
+            if reason is None:
+                return passes
+        self._mention(f"max_pass_tokens={limit} is not kept: {reason}")
+        return None
+
+    def _mention(self, text: str) -> None:
+        if text not in self._mentioned:
+            logger.warning("%s", text)
+        self._mentioned.add(text)
 
     def weighted(self, loss: Any) -> Any:
         """A pass's loss, or `(loss, outputs)`, multiplied by its share of the batch."""

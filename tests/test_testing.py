@@ -103,8 +103,9 @@ def test_what_an_op_returns_in_lists_counts() -> None:
 def test_what_was_there_before_the_card_is_not_counted_unless_tracked() -> None:
     weight = torch.nn.Parameter(torch.zeros(1000))
     with roomy() as card:
-        view = weight.detach().view(10, 100)
-        torch.neg(view.add_(1), out=view)
+        view = weight.detach().view(10, 100).t()
+        view.add_(1)
+        torch.arange(1000, out=weight.detach())
         assert (card.live_bytes, card.allocations) == (0, 0)
         card.track(weight, weight)
         assert (card.live_bytes, card.peak_bytes, card.allocations) == (4096, 4096, 0)
@@ -267,6 +268,15 @@ def test_the_parts_of_wrapper_and_sparse_tensors_count() -> None:
         assert table.weight.grad.is_sparse
         assert card.live_bytes == before + 512 + 1024  # indices and two rows
         del doubled
+
+
+def test_a_tracked_wrapper_counts_as_the_tensors_inside() -> None:
+    ragged = torch.nested.nested_tensor([torch.ones(100), torch.ones(156)], layout=torch.jagged)
+    with roomy() as card:
+        card.track(ragged)
+        assert card.live_bytes == 1024 + 512  # values and offsets
+        ragged.values().add_(1)
+        assert card.allocations == 0
 
 
 def test_host_memory_is_allocated_with_the_modes_off() -> None:
