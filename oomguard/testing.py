@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
+    _disable_current_modes,
     is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
@@ -19,13 +20,14 @@ from oomguard.errors import ConfigurationError
 from oomguard.memory.size import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 _BLOCK_BYTES = 512  # kMinBlockSize of CUDACachingAllocator: every block is a multiple of it
 # Of these ops the first argument says nothing about what was there before: `torch.tensor(...)` and
 # `torch.load` make their memory out of sight and only then hand it to such an op.
 _ATEN = torch.ops.aten
 _BIRTHS = {_ATEN.lift_fresh.default, *(getattr(_ATEN.set_, x) for x in _ATEN.set_.overloads())}
+_LEAF = torch.zeros((), requires_grad=True, device="cpu")
 
 
 class VirtualCard(TorchDispatchMode):
@@ -52,8 +54,9 @@ class VirtualCard(TorchDispatchMode):
     * Memory inside one kernel is not seen: temporaries of fused ops, library workspaces, what a
       higher-order operator does inside. Neither are fragmentation and the context of a process.
     * Storages that were there before and are not given to `track` never count.
-    * `untyped_storage().resize_` is noticed when an op returns the storage, or when memory is
-      short. Sparse tensors other than COO, and oneDNN's opaque ones, are not seen.
+    * `untyped_storage().resize_` is noticed when an op returns the storage; a smaller size also
+      when memory is short and when `live_bytes` is read.
+    * Sparse tensors other than COO, and oneDNN's opaque ones, are not seen.
     * Only the thread that entered the card is followed; data-loader workers are not.
     * Allocations under `torch.utils._python_dispatch._disable_current_modes()` are host memory.
     * `torch.compile` runs its functions uncompiled inside, as under every dispatch mode;
@@ -99,6 +102,8 @@ class VirtualCard(TorchDispatchMode):
     @property
     def live_bytes(self) -> int:
         """Bytes on the card now; after leaving it, those at the moment of leaving."""
+        if self._state == "entered":
+            self._settle()
         return self._live_bytes
 
     @property
@@ -151,26 +156,18 @@ class VirtualCard(TorchDispatchMode):
         self._state = "left"
         self._held.clear()  # the weak references go, and their callbacks with them
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # the wrapper calls back with the plain tensors inside it
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        refusal = self._count(out, func, args, kwargs)
+        refusal = self._count(out, (args[1:] if func in _BIRTHS else args, kwargs))
         if refusal is None:
             return out
         del out  # the traceback pins this frame
         raise torch.OutOfMemoryError(refusal)
 
-    def _count(
-        self, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
+    def _count(self, out: Any, inputs: Any) -> str | None:
         """Count what an op returned; the text of the error where it does not fit."""
         for storage in _storages(out):
             nbytes = _rounded(storage)
@@ -178,8 +175,7 @@ class VirtualCard(TorchDispatchMode):
             if held is None:
                 if storage.device.type == "meta":
                     continue  # fake tensors too
-                inputs = args[1:] if func in _BIRTHS else args
-                if any(storage is old for old in _storages((inputs, kwargs))):
+                if any(storage is old for old in _storages(inputs)):
                     continue  # older than the card
                 if nbytes and (refusal := self._request(nbytes)):
                     return refusal
@@ -201,12 +197,19 @@ class VirtualCard(TorchDispatchMode):
     def _fits(self, nbytes: int) -> bool:
         if self._capacity_bytes is None or self._live_bytes + nbytes <= self._capacity_bytes:
             return True
-        # Storages that were shrunk out of sight must not cause a failure.
+        self._settle()
+        return self._live_bytes + nbytes <= self._capacity_bytes
+
+    def _settle(self) -> None:
+        """Notice what a card would have free by now."""
+        # Autograd's queue of this thread keeps what a failed backward left in it, graph and
+        # gradients, until the next backward, however small; that of a GPU drops it at once.
+        with _disable_current_modes():
+            torch.autograd.grad(_LEAF, _LEAF)
         for held in list(self._held.values()):
             storage = held()
             if storage is not None and _rounded(storage) < held.nbytes:
                 self._resize(held, _rounded(storage))
-        return self._live_bytes + nbytes <= self._capacity_bytes
 
     def _hold(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         held = _Held(storage, self._released)

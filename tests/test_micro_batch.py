@@ -34,15 +34,15 @@ STRIDE = 50  # more than the longest text: a token names its text and its positi
 
 
 @st.composite
-def texts(draw: st.DrawFn) -> list[Text]:
+def texts(draw: st.DrawFn, shortest: int = 1) -> list[Text]:
     """Texts trained whole, here and there, or not at all."""
     drawn = []
-    for index, length in enumerate(draw(st.lists(st.integers(1, 30), min_size=1, max_size=9))):
+    lengths = draw(st.lists(st.integers(shortest, 30), min_size=1, max_size=9))
+    for index, length in enumerate(lengths):
         ids = [2 + index * STRIDE + position for position in range(length)]
-        kept = draw(
-            st.lists(st.booleans(), min_size=length, max_size=length) | st.just([True] * length)
-        )
-        labels = [token if keep else -100 for token, keep in zip(ids, kept, strict=True)]
+        every = 2**length - 1
+        trained = draw(st.just(every) | st.integers(0, every))
+        labels = [token if trained >> position & 1 else -100 for position, token in enumerate(ids)]
         drawn.append({"input_ids": ids, "labels": labels})
     return drawn
 
@@ -81,7 +81,7 @@ def join(passes: list[dict[str, Any]], key: str, dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("collator", PADDED.values(), ids=PADDED)
 @given(drawn=texts(), max_tokens=st.integers(1, 300))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_passes_of_a_padded_batch_are_its_rows(
     collator: Collator, drawn: list[Text], max_tokens: int
 ) -> None:
@@ -106,12 +106,11 @@ def test_passes_of_a_padded_batch_are_its_rows(
 
 @pytest.mark.parametrize("collator", FLAT.values(), ids=FLAT)
 @given(drawn=texts(), max_tokens=st.integers(1, 300))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_passes_of_a_flat_batch_are_what_its_collator_makes_of_their_texts(
     collator: Collator, drawn: list[Text], max_tokens: int
 ) -> None:
     batch = collator(drawn)
-    total = batch["input_ids"].shape[1]
     passes = split(batch, max_tokens)
     for key in ("input_ids", "labels", "position_ids"):
         if key in batch:
@@ -136,7 +135,6 @@ def test_passes_of_a_flat_batch_are_what_its_collator_makes_of_their_texts(
         units = len(inside) - (len(inside) > 1 and len(inside[-1]["input_ids"]) == 1)
         assert len(tokens) <= max_tokens or units == 1
     assert not remaining
-    assert sum(part["input_ids"].shape[1] for part in passes) == total
 
 
 def _check_boundaries(part: dict[str, Any]) -> None:
@@ -266,17 +264,17 @@ def sum_loss(model: LlamaForCausalLM, batch: Mapping[str, Any]) -> float:
         return float(model(**batch, num_items_in_batch=1, use_cache=False).loss)
 
 
+def tiny_model(attention: str) -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation=attention)
+    return model.eval()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_losses_of_the_passes_add_up_to_that_of_the_batch(attention: str) -> None:
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
+    model = tiny_model(attention)
     lengths = (9, 30, 4, 17, 2, 25)
     drawn: list[Text] = [
         {"input_ids": torch.randint(2, 400, (length,)).tolist()} for length in lengths
@@ -291,7 +289,7 @@ def test_losses_of_the_passes_add_up_to_that_of_the_batch(attention: str) -> Non
         whole = sum_loss(model, batch)
         # Positions alone keep the documents of a flat batch apart.
         assert whole == pytest.approx(rows, rel=1e-6)
-        for max_tokens in (1, 31, 60, 80):
+        for max_tokens in (1, 31, 70):
             passes = split(batch, max_tokens)
             assert len(passes) > 1
             assert sum(sum_loss(model, part) for part in passes) == pytest.approx(whole, rel=1e-6)

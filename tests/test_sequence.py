@@ -11,15 +11,22 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from oomguard.levers.batch import CannotActError, count_targets, is_flat, text_spans
 from oomguard.levers.sequence import shorten
 from tests.test_batch import tokenizer
-from tests.test_micro_batch import FLAT, PADDED, Collator, Text, sum_loss, targets, texts
+from tests.test_micro_batch import (
+    FLAT,
+    PADDED,
+    Collator,
+    Text,
+    sum_loss,
+    targets,
+    texts,
+    tiny_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +36,8 @@ COLLATORS = {f"padded {name}": collator for name, collator in PADDED.items()} | 
 }
 PAD = 0
 LIMITS = st.integers(2, 31)
-# A last text of one token, which no loss can train, may be taken for the padding of a flat row.
-TEXTS = texts().filter(lambda drawn: len(drawn[-1]["input_ids"]) > 1)
+# Texts of one token, which no loss can train, may be taken for the padding of a flat row.
+TEXTS = texts(shortest=2)
 every_collator = pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS)
 
 
@@ -55,13 +62,12 @@ def check_form(batch: Mapping[str, Any], max_length: int) -> None:
     assert all(token == before + 1 for ids, _ in kept for before, token in pairwise(ids))
     assert all(label in (-100, token) for text in kept for token, label in zip(*text, strict=True))
     lengths = [len(ids) for ids, _ in kept]
-    total = sum(lengths)
     if "position_ids" in batch:
         restarts = [position for length in lengths for position in range(length)]
         places = [batch["position_ids"][s.row, s.start : s.stop] for s in text_spans(batch)]
         assert torch.cat(places).tolist() == restarts
     if is_flat(batch):
-        assert batch["input_ids"].shape == batch["labels"].shape == (1, total)
+        assert batch["input_ids"].shape == batch["labels"].shape == (1, sum(lengths))
         if "cu_seq_lens_q" in batch:
             assert batch["cu_seq_lens_q"].dtype == batch["cu_seq_lens_k"].dtype == torch.int32
             assert batch["cu_seq_lens_q"].diff().tolist() == lengths
@@ -72,16 +78,15 @@ def check_form(batch: Mapping[str, Any], max_length: int) -> None:
             assert batch["seq_idx"][0].bincount().tolist() == lengths
         return
     assert batch["input_ids"].shape == (len(kept), max(lengths))
-    padding = batch["attention_mask"] == 0
-    columns = torch.arange(max(lengths))
-    torch.testing.assert_close(padding, columns >= torch.tensor(lengths)[:, None])
+    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    torch.testing.assert_close(batch["attention_mask"], (~padding).long())
     assert set(batch["input_ids"][padding].tolist()) <= {PAD}
     assert set(batch["labels"][padding].tolist()) <= {-100}
 
 
 @every_collator
 @given(drawn=TEXTS, max_length=LIMITS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_windows_train_every_target_once_after_half_a_window(
     collator: Collator, drawn: list[Text], max_length: int
 ) -> None:
@@ -122,7 +127,7 @@ def _check_context(shortened: Mapping[str, Any], drawn: list[Text], max_length: 
 
 @every_collator
 @given(drawn=TEXTS, max_length=LIMITS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_truncation_leaves_every_text_a_target(
     collator: Collator, drawn: list[Text], max_length: int
 ) -> None:
@@ -149,13 +154,8 @@ def test_truncation_leaves_every_text_a_target(
 def test_a_long_row_becomes_windows_that_overlap_by_half() -> None:
     batch = PADDED["trl"]([{"input_ids": [*range(10, 20)]}, {"input_ids": [30, 31]}])
     shortened = shorten(batch, 4, "windows", pad_token_id=1)
-    assert shortened["input_ids"].tolist() == [
-        [10, 11, 12, 13],
-        [12, 13, 14, 15],
-        [14, 15, 16, 17],
-        [16, 17, 18, 19],
-        [30, 31, 1, 1],
-    ]
+    windows = [list(range(start, start + 4)) for start in (10, 12, 14, 16)]
+    assert shortened["input_ids"].tolist() == [*windows, [30, 31, 1, 1]]
     assert shortened["labels"][1].tolist() == [-100, -100, 14, 15]
     assert count_targets(shortened, shift=True) == count_targets(batch, shift=True)
 
@@ -288,15 +288,7 @@ def test_a_length_that_leaves_nothing_to_predict_is_refused() -> None:
 
 
 def test_windows_of_rows_and_of_documents_have_the_same_loss() -> None:
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    model = tiny_model("sdpa")
     drawn: list[Text] = [{"input_ids": torch.randint(2, 400, (n,)).tolist()} for n in (40, 9, 23)]
     collators = [PADDED["trl"], PADDED["trl with positions"], FLAT["trl"], FLAT["plain"]]
     left = DataCollatorForSeq2Seq(tokenizer("left"))

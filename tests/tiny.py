@@ -14,6 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
+# The form that TRL's assistant_only_loss needs: the end of a turn is trained too.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 LORA = LoraConfig(
     r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
 )
@@ -36,7 +42,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
         texts()[:400],
         trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<eos>"]),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def config(**changes: Any) -> LlamaConfig:
