@@ -37,7 +37,8 @@ _SIZE = r"([\d.]+ (?:[KMGT]i?B|bytes|B))"
 _ASKED = re.compile(rf"(?:[Tt]ried to allocate|you tried to allocate) {_SIZE}")
 _FREE = re.compile(rf"of which {_SIZE} is free")
 _ALLOWED = re.compile(rf"{_SIZE} allowed")
-_IN_USE = re.compile(rf"allocated memory {_SIZE} is allocated by PyTorch")
+_LIVE = re.compile(rf"allocated memory {_SIZE} is allocated by PyTorch")
+_UNUSED = re.compile(rf"{_SIZE} is reserved by PyTorch but unallocated")
 _TOTAL = re.compile(rf"total capacity of {_SIZE}")
 
 
@@ -69,10 +70,10 @@ def classify(error: BaseException) -> OOMFacts | None:
             return None
     first_line = text.strip().split("\n")[0] or type(error).__name__
     message = first_line.partition(" If reserved but unallocated")[0]  # advice, not a fact
-    free, allowed, in_use = _read(_FREE, text), _read(_ALLOWED, text), _read(_IN_USE, text)
-    if free is not None and allowed is not None and in_use is not None:
+    free, allowed, live = _read(_FREE, text), _read(_ALLOWED, text), _read(_LIVE, text)
+    if free is not None and allowed is not None and live is not None:
         # Under set_per_process_memory_fraction the device's free memory is not the limit.
-        free = max(0, min(free, allowed - in_use))
+        free = max(0, min(free, allowed - live - (_read(_UNUSED, text) or 0)))
     return OOMFacts(message, _read(_ASKED, text), free, _read(_TOTAL, text))
 
 

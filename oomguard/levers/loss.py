@@ -7,8 +7,8 @@ yet they return plain means. So it is measured once, on two rows, whole against 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from oomguard.levers.activations import base_model
 from oomguard.levers.batch import CannotActError, count_targets, is_flat, measure
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Columns of the probe. The form of a loss does not depend on the width, and the probe runs where
 # memory is short: it must need less than a pass of a single row.
@@ -82,12 +85,11 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     if len(parts) < 2:
         reason = "the batch at hand has a single row, too few to tell how the loss adds up"
         raise CannotActError(reason)
-    undo, state, training = metrics.mark(trainer), rng.snapshot(), trainer.model.training
+    undo, state = metrics.mark(trainer), rng.snapshot()
     try:
-        trainer.model.eval()
-        losses = [_loss(trainer, compute_loss, part, num_items) for part in (whole, *parts)]
+        with _evaluating(trainer):
+            losses = [_loss(trainer, compute_loss, part, num_items) for part in (whole, *parts)]
     finally:
-        trainer.model.train(training)
         rng.restore(state)
         undo()
     expected, found = losses[0], losses[1:]
@@ -143,6 +145,26 @@ def _one_target_first(labels: torch.Tensor, first: dict[str, Any]) -> torch.Tens
     targets = targets[targets > 0]  # position 0 is no target where the model shifts
     labels[0, targets[1:]] = -100
     return labels
+
+
+@contextmanager
+def _evaluating(trainer: Any) -> Iterator[None]:
+    """Without dropout, and without the cache that a model in eval mode would otherwise make.
+
+    With a cache, transformers does not keep the documents of a flat row apart.
+    """
+    training = trainer.model.training
+    config: Any = getattr(base_model(trainer), "config", None)
+    cache = getattr(config, "use_cache", None)
+    try:
+        trainer.model.eval()
+        if cache is not None:
+            config.use_cache = False
+        yield
+    finally:
+        trainer.model.train(training)
+        if cache is not None:
+            config.use_cache = cache
 
 
 def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any) -> float:
