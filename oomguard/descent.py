@@ -42,7 +42,8 @@ class Descent:
             event: The failure.
             window: The batches at hand, which tell what levers can do.
             index: The batch of the window that failed.
-            required: Whether trying again without a rung is pointless.
+            required: Whether trying again without a rung is pointless. If it is not, only an exact
+                rung is taken: what a second try may overcome must not change the training.
 
         Returns:
             The rung and the plan before it; `None` when none was left and none was required.
@@ -50,7 +51,7 @@ class Descent:
         Raises:
             LadderExhaustedError: No rung is left and one was required.
         """
-        before, chosen = self.plan, self._choose(event, window, index)
+        before, chosen = self.plan, self._choose(event, window, index, any_fidelity=required)
         if chosen is None:
             if required:
                 raise LadderExhaustedError(self._exhausted(event))
@@ -76,8 +77,12 @@ class Descent:
         self._report.recoveries.append(recovery)
         logger.warning("%s", recovery.log_line())
 
-    def _choose(self, event: OOMEvent, window: Window, index: int) -> tuple[RungLike, Plan] | None:
+    def _choose(
+        self, event: OOMEvent, window: Window, index: int, *, any_fidelity: bool
+    ) -> tuple[RungLike, Plan] | None:
         for position, rung in enumerate(self._ladder):
+            if not any_fidelity and rung_fidelity(rung) is not Fidelity.EXACT:
+                continue
             proposal = self._proposal(rung, event, window, index)
             if proposal is None:
                 continue

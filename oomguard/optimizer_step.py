@@ -31,9 +31,14 @@ class AtomicStep:
     def __call__(self, optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> Any:
         """`step()`, the bound original method of `optimizer`."""
         fresh = self._without_state(optimizer)
-        result = self._create_state(optimizer, step) if fresh else self._steady(step)
-        self._stepped.update(fresh)
-        return result
+        if not fresh:
+            return self._steady(step)
+        # A gradient scaler that finds an infinity leaves the step out, and no state is created.
+        hook = optimizer.register_step_post_hook(lambda *_: self._stepped.update(fresh))
+        try:
+            return self._create_state(optimizer, step)
+        finally:
+            hook.remove()
 
     def _without_state(self, optimizer: torch.optim.Optimizer) -> set[int]:
         """Ids of parameters that the coming step may create state for.

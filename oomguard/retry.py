@@ -46,6 +46,7 @@ class AllocationRetry(TorchDispatchMode):
         self._make_room = make_room
         self._spill = spill
         self.mutations = 0
+        self._spilled = False
         # Keeps the host results alive: their ids tell which later operations must follow them.
         self._on_host: dict[int, torch.Tensor] = {}
 
@@ -60,7 +61,7 @@ class AllocationRetry(TorchDispatchMode):
         kwargs = kwargs or {}
         failures = 0
         put_back_random_state = _random_state(func, kwargs)
-        while not self._follows_host(args, kwargs) and not (self._spill and failures > 1):
+        while not self._follows_host(args, kwargs):
             try:
                 result = func(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
@@ -73,8 +74,10 @@ class AllocationRetry(TorchDispatchMode):
                 return result
             put_back_random_state()
             failures += 1
-            if not (self._spill and failures > 1):
-                self._make_room(facts, failures)
+            if self._spill and (self._spilled or failures > 1):
+                self._spilled = True  # no room for one: not for the next one of this region either
+                break
+            self._make_room(facts, failures)
         self.mutations += func._schema.is_mutable
         return self._run_on_host(func, args, kwargs)
 

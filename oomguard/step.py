@@ -211,9 +211,10 @@ class StepTransaction:
     # Everywhere else: make room, and let the operation that failed be repeated.
 
     def make_room(self, facts: oom.OOMFacts, failures: int) -> None:
-        """Between two steps: release what can be, take a rung, obey it at once.
+        """Release what can be, take a rung, obey it at once.
 
-        The first failure of an operation is forgiven without a rung where none is left.
+        The first failure of an operation takes an exact rung only, and none where none is left: a
+        second try may be enough.
         """
         began = time.perf_counter()
         device.release_cached()

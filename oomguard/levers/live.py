@@ -69,12 +69,23 @@ class Levers:
     def refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
         """Why the trainer cannot go from `before` to `after`, or `None`.
 
+        Finding that out takes a little memory itself; where there is none, that is the reason.
+
         Args:
             before: The plan in force.
             after: The plan that a rung proposes.
             window: The batches at hand; they may be empty.
             index: The batch that failed.
         """
+        try:
+            return self._refusal(before, after, window, index)
+        except (RuntimeError, MemoryError) as error:
+            if oom.classify(error) is None:
+                raise
+            oom.release(error)
+        return "memory ran out while finding out whether it can act"
+
+    def _refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
         changed = before.changes(after)
         unknown = set(changed) - {
             "gradient_checkpointing",
@@ -143,9 +154,4 @@ class Levers:
                 self.split_loss = probe(self._trainer, self._compute_loss, batch, num_items)
         except CannotActError as error:
             return str(error)
-        except (RuntimeError, MemoryError) as error:
-            if oom.classify(error) is None:
-                raise
-            oom.release(error)
-            return "memory ran out while measuring how its loss adds up over rows"
         return reason

@@ -1,0 +1,277 @@
+"""What is trained: Llamas with random weights, on real text in batches of chosen row lengths."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import random
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from oomguard import CheckpointActivations, HalveSequence, Ladder, SplitBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import TrainerCallback
+
+_LOSS_COLUMNS = 32768  # TRL projects on that many vocabulary entries at once
+PRECISION = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+LLAMA_190M = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+TINY_FULL = TINY | {"hidden_size": 128, "intermediate_size": 512}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training run.
+
+    Attributes:
+        model: Arguments of `LlamaConfig`.
+        load: What the model is loaded in, a key of `PRECISION`.
+        train: Mixed precision of the training; `"fp32"` and `"fp64"` are none.
+        lora: Whether adapters are trained on all linear layers instead of all weights.
+        batches: Row lengths of every loaded batch, in the order of training.
+        accumulation: Loaded batches of one optimizer step.
+        optim: `TrainingArguments.optim`.
+        on_cpu: Whether to train on the CPU.
+    """
+
+    model: dict[str, Any]
+    load: str
+    train: str
+    lora: bool
+    batches: tuple[tuple[int, ...], ...]
+    accumulation: int
+    optim: str
+    on_cpu: bool
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return len(self.batches) // self.accumulation
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the jobs are: as on a GPU, or tiny on the CPU."""
+
+    tiny: bool
+
+    @property
+    def rows(self) -> int:
+        """`per_device_train_batch_size` of LoRA jobs."""
+        return 4 if self.tiny else 8
+
+    @property
+    def width(self) -> int:
+        """The longest row of LoRA jobs, in tokens."""
+        return 64 if self.tiny else 2048
+
+    @property
+    def loss_bytes(self) -> int:
+        """What TRL's loss takes for a moment, however small the vocabulary.
+
+        A tiny model is dwarfed by it, so that limits on one must leave room for it.
+        """
+        return self.rows * self.width * _LOSS_COLUMNS * 8 if self.tiny else 0
+
+    def ladder(self, name: str) -> Ladder | str:
+        """The preset of that name; tiny rows are below the floor of its `HalveSequence`."""
+        if not self.tiny or name != "default":
+            return name
+        return Ladder(CheckpointActivations(), HalveSequence(floor=self.width // 4), SplitBatch())
+
+    def lora(self, kinds: str, *, train: str = "bf16", accumulation: int = 1) -> Job:
+        """LoRA r=16 on all linear layers of the Llama-3.2-1B shape, without checkpointing.
+
+        Args:
+            kinds: One word a batch: `full` rows, `ragged` rows below one full one, or `short` ones.
+            train: Mixed precision, which the base is loaded in as well.
+            accumulation: Loaded batches of one optimizer step.
+        """
+        lengths = {
+            "full": lambda _: self.width,
+            "ragged": lambda draw: draw.randint(self.width // 4, self.width),
+            "short": lambda draw: draw.randint(self.width // 8, self.width // 2),
+        }
+        batches = []
+        for position, kind in enumerate(kinds.split()):
+            drawn = map(lengths[kind], [random.Random(position)] * self.rows)  # noqa: S311 - lengths
+            first = (self.width,) if kind == "ragged" else ()
+            batches.append((*first, *drawn)[: self.rows])
+        train = "fp64" if self.tiny else train
+        return Job(
+            model=TINY if self.tiny else LLAMA_1B,
+            load=train,
+            train=train,
+            lora=True,
+            batches=tuple(batches),
+            accumulation=accumulation,
+            optim="adamw_torch_fused",
+            on_cpu=self.tiny,
+        )
+
+    def full(self, steps: int) -> Job:
+        """All weights in fp32, passes far smaller than the model, AdamW over lists of tensors."""
+        rows = (16,) if self.tiny else (128, 128)
+        return Job(
+            model=TINY_FULL if self.tiny else LLAMA_190M,
+            load="fp64" if self.tiny else "fp32",
+            train="fp64" if self.tiny else "bf16",
+            lora=False,
+            batches=(rows,) * steps,
+            accumulation=1,
+            optim="adamw_torch",
+            on_cpu=self.tiny,
+        )
+
+
+class CheckedTrainer(SFTTrainer):
+    """An `SFTTrainer` that can be interrupted between forward and backward.
+
+    Attributes:
+        after_forward: Called once, after the forward pass of optimizer step `at_step`.
+    """
+
+    after_forward: Callable[[], None] | None = None
+    at_step: int = 2
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss, as ever."""
+        loss = super().compute_loss(*args, **kwargs)
+        if self.after_forward is not None and self.state.global_step + 1 == self.at_step:
+            interrupt, self.after_forward = self.after_forward, None
+            interrupt()
+        return loss
+
+
+def build_trainer(job: Job, folder: Path, callbacks: list[TrainerCallback]) -> CheckedTrainer:
+    """A trainer of `job` with a fresh model; the same weights every time."""
+    vocabulary = 512 if job.on_cpu else 8192
+    rows = _cut(vocabulary, [length for batch in job.batches for length in batch])
+    trainer = CheckedTrainer(
+        model=_model(job),
+        args=_arguments(job, folder),
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=_tokenizer(vocabulary),
+        peft_config=_adapters() if job.lora else None,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(job: Job, folder: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(job.batches[0]),
+        gradient_accumulation_steps=job.accumulation,
+        max_steps=job.steps,
+        max_length=max(max(batch) for batch in job.batches),
+        learning_rate=1e-4,
+        optim=job.optim,
+        train_sampling_strategy="sequential",
+        activation_checkpointing=False,
+        bf16=job.train == "bf16",
+        fp16=job.train == "fp16",
+        use_cpu=job.on_cpu,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _adapters() -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _model(job: Job) -> Any:
+    config = LlamaConfig(
+        **job.model,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        max_position_embeddings=131072,
+    )
+    set_seed(0)
+    with torch.device("cpu" if job.on_cpu else "cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=PRECISION[job.load])
+
+
+@cache
+def _text() -> str:
+    """The topics of Python's language reference, which come with every Python."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    return "\n\n".join(topics.values())
+
+
+@cache
+def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<pad>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False
+    )
+    bpe.train_from_iterator(_text().split("\n"), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
+
+
+@cache
+def _tokens(vocabulary: int) -> tuple[int, ...]:
+    return tuple(_tokenizer(vocabulary)(_text())["input_ids"])
+
+
+def _cut(vocabulary: int, lengths: list[int]) -> list[list[int]]:
+    """One piece of the text after another; from its start again when it ends."""
+    source = cycle(_tokens(vocabulary))
+    return [list(islice(source, length)) for length in lengths]
