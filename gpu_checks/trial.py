@@ -81,6 +81,25 @@ class SqueezeOptimizer(TrainerCallback):
             self._session.squeeze(sum(gradient.nbytes for gradient in gradients) // 2)
 
 
+class Toggle(TrainerCallback):
+    """Puts a guard on the trainer for every other block of steps of one and the same run."""
+
+    def __init__(self, trainer: CheckedTrainer, block: int) -> None:
+        self._trainer = trainer
+        self._block = block
+        self._guard: Guard | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Change at the end of a block; the loader itself was opened without a guard."""
+        if state.global_step % self._block:
+            return
+        if self._guard is None and state.global_step < state.max_steps:
+            self._guard = Guard(self._trainer).__enter__()
+        elif self._guard is not None:
+            self._guard.__exit__(None, None, None)
+            self._guard = None
+
+
 @dataclass(kw_only=True)
 class Trial:
     """What a training run did.

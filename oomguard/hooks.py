@@ -95,6 +95,9 @@ class Hooks:
         while self._undo:
             self._undo.pop()()
         self.loss_class.make_room = None
+        running_loss = getattr(self._trainer, "_tr_loss", None)
+        if isinstance(running_loss, RetriedScalar):
+            self._trainer._tr_loss = running_loss.plain()
         self._source = None
 
 

@@ -50,7 +50,7 @@ class AtomicStep:
             id(p)
             for group in optimizer.param_groups
             for p in group["params"]
-            if p.grad is not None and not state.get(p) and id(p) not in self._stepped
+            if id(p) not in self._stepped and p.grad is not None and not state.get(p)
         }
 
     def _steady(self, step: Callable[..., Any]) -> Any:

@@ -160,6 +160,11 @@ class RetriedScalar(torch.Tensor):
         """`loss` itself, seen as this class."""
         return loss.as_subclass(cls)
 
+    def plain(self) -> torch.Tensor:
+        """The same tensor as a `torch.Tensor`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor)
+
     @classmethod
     def __torch_function__(
         cls,
@@ -169,7 +174,7 @@ class RetriedScalar(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run `func` under an `AllocationRetry` while the guard is there."""
-        if cls.make_room is None:
+        if cls.make_room is None or getattr(func, "__name__", "") == "__get__":
             return super().__torch_function__(func, types, args, kwargs or {})
         with AllocationRetry(cls.make_room):
             return super().__torch_function__(func, types, args, kwargs or {})

@@ -10,20 +10,20 @@ import torch
 def release_cached() -> None:
     """Collect reference cycles and give the allocator's unused blocks back to the device."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def allocated_and_reserved_bytes() -> tuple[int | None, int | None]:
     """Bytes of live tensors and bytes held from the current device; `None` without CUDA."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not torch.cuda.is_initialized():
         return None, None
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
 def get_rng_states() -> list[torch.Tensor]:
     """The random state of every CUDA device; empty without CUDA."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not torch.cuda.is_initialized():
         return []
     return torch.cuda.get_rng_state_all()
 
