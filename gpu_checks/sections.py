@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_checks.trial import (
     SqueezeOptimizer,
+    Toggle,
     Trial,
     largest_difference,
     run,
