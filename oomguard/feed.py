@@ -1,8 +1,8 @@
 """Batches on their way from the data loader to the step, none lost and none twice.
 
 An exception that passes through a data loader's iterator ends it, with the samples it had drawn. So
-the places that can run out of memory are made to survive it in place: single operations through
-`AllocationRetry`, and the dataset's access, the collator and the move to the device as a whole.
+what can run out of memory is made to survive it in place: the dataset's access, the collator and
+the move to the device as a whole, everything else operation by operation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from oomguard import oom, rng
-from oomguard.retry import AllocationRetry, MakeRoom
+from oomguard.retry import AllocationRetry, MakeRoom, suspended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +56,8 @@ class _Retried:
     def _call(self, action: Callable[..., T], *args: Any) -> T:
         if self.make_room is None or get_worker_info() is not None:
             return action(*args)
-        return again(self.make_room, action, *args)
+        with suspended():  # hundreds of small operations, each slower under a dispatch mode
+            return again(self.make_room, action, *args)
 
 
 class _RetriedCollator(_Retried):

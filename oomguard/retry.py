@@ -8,11 +8,17 @@ goes on as if the operation had been slow. Nothing is copied and nothing is undo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils._pytree import tree_map_only
 
 from oomguard import oom, rng
@@ -26,6 +32,15 @@ Raises when nothing more can be done."""
 def off_card() -> Any:
     """A context whose tensors belong to the host: a `VirtualCard` does not see them."""
     return _disable_current_modes()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Without the `AllocationRetry` that was entered last."""
+    with ExitStack() as stack:
+        if isinstance(_get_current_dispatch_mode(), AllocationRetry):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 class AllocationRetry(TorchDispatchMode):
@@ -173,8 +188,15 @@ class RetriedScalar(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run `func` under an `AllocationRetry` while the guard is there."""
-        if cls.make_room is None or getattr(func, "__name__", "") == "__get__":
-            return super().__torch_function__(func, types, args, kwargs or {})
-        with AllocationRetry(cls.make_room):
-            return super().__torch_function__(func, types, args, kwargs or {})
+        """Run `func`, a single operation, as often as it takes while the guard is there."""
+        failures = 0
+        while True:
+            try:
+                return super().__torch_function__(func, types, args, kwargs or {})
+            except (RuntimeError, MemoryError) as error:
+                facts = oom.classify(error)
+                if facts is None or cls.make_room is None:
+                    raise
+                oom.release(error)
+            failures += 1
+            cls.make_room(facts, failures)
