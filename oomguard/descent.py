@@ -102,7 +102,9 @@ class Descent:
                 f"{self.plan.effective_batch_size} to {proposal.effective_batch_size}."
             )
             raise ConfigurationError(msg)
-        reason = self._levers.refusal(self.plan, proposal, window, index)
+        reason = _raised_limit(self.plan, proposal) or self._levers.refusal(
+            self.plan, proposal, window, index
+        )
         if reason is not None:
             self._skip(rung, reason)
             return None
@@ -158,8 +160,9 @@ class Descent:
         ]
         if missing:
             advice.append(f"add {', '.join(missing)} to the ladder;")
-        if plan.max_length is not None and "HalveSequence" in names:
-            floor = max(2, plan.max_length // 2)
+        longest = plan.max_length or event.width
+        if longest is not None and "HalveSequence" in names:
+            floor = max(2, longest // 2)
             advice.append(f"allow shorter rows with HalveSequence(floor={floor});")
         if plan.optim is not None and "8bit" not in plan.optim:
             advice.append(f"set optim='paged_adamw_8bit' (now {plan.optim!r});")
@@ -169,3 +172,12 @@ class Descent:
             advice.append(f"use fewer target_modules or a lower r (now {plan.lora_r});")
         advice.append("load the base model in 4 bits, or use a larger card.")
         return advice
+
+
+def _raised_limit(before: Plan, after: Plan) -> str | None:
+    """Why going from `before` to `after` would not be a way down: ladders end."""
+    for name in ("micro_batch_size", "max_pass_tokens", "max_length"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old is not None and (new is None or new > old):
+            return f"it would raise {name} from {old} to {new}"
+    return None

@@ -46,7 +46,7 @@ def fit(trainer: Trainer, *, ladder: Ladder | str = "default", **train_arguments
         LadderExhaustedError: Memory ran out and no rung was left.
     """
     with Guard(trainer, ladder=ladder) as guard:
-        guard.report.train_output = trainer.train(**train_arguments)
+        trainer.train(**train_arguments)
     return guard.report
 
 
@@ -77,7 +77,7 @@ class Guard:
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
         descent = Descent(self._ladder, levers, self.report)
-        hooks.install(self._trainer, StepTransaction(self._trainer, levers, descent))
+        self._hooks = hooks.install(self._trainer, StepTransaction(self._trainer, levers, descent))
         self._began = time.perf_counter()
         return self
 
@@ -90,6 +90,7 @@ class Guard:
         """Give the trainer its class back; write and show the report."""
         hooks.uninstall(self._trainer)
         self.report.seconds = time.perf_counter() - self._began
+        self.report.train_output = self._hooks.train_output
         self.report.status = _status(error)
         self.report.error = None if error is None else f"{type(error).__name__}: {error}"
         if not self._trainer.is_world_process_zero():
@@ -132,6 +133,12 @@ def _reasons(trainer: Any) -> list[str]:
     reasons = []
     if hooks.is_installed(trainer):
         reasons.append("This trainer is inside a Guard already; leave that block first.")
+    reasons += [
+        f"{name} was set on the trainer object, where it stands in front of the guard's; "
+        f"override it in a subclass of {type(trainer).__name__} instead."
+        for name in hooks.INTERCEPTED
+        if name in vars(trainer)
+    ]
     if getattr(args, "auto_find_batch_size", False):
         reasons.append(
             "auto_find_batch_size=True restarts from step 0 with another effective batch size "

@@ -30,6 +30,7 @@ class Hooks:
         self.atomic_step = AtomicStep(transaction.make_room)
         self.setup = ExitStack()
         self.running = False  # inside training_step
+        self.train_output: Any = None
         self._trainer = trainer
         self._undo: list[Callable[[], None]] = []
         self._source: Iterator[Any] | None = None
@@ -112,7 +113,8 @@ class GuardedTrainer(Trainer):
         hooks.transaction.phase = "setup"
         with hooks.setup:
             hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
-            return super().train(*args, **kwargs)
+            hooks.train_output = super().train(*args, **kwargs)
+            return hooks.train_output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; `eval_on_start` does so before the first step."""
@@ -168,6 +170,10 @@ class GuardedTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         original = super()._track_num_input_tokens
         self._oomguard.protect("bookkeeping", lambda: original(inputs))
+
+
+INTERCEPTED = tuple(name for name, value in vars(GuardedTrainer).items() if callable(value))
+"""Names that a trainer object must not have itself: they would stand in front of its class."""
 
 
 def install(trainer: Any, transaction: StepTransaction) -> Hooks:

@@ -8,6 +8,7 @@ temporaries only: a failed operation is repeated, at last on the host, so that t
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +27,14 @@ class AtomicStep:
     def __init__(self, make_room: MakeRoom) -> None:
         """Take what to call when an allocation of the step fails."""
         self._make_room = make_room
-        self._stepped: set[int] = set()
+        self._stepped: set[int] = set()  # ids of parameters, which `_optimizer` keeps alive
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> Any:
         """`step()`, the bound original method of `optimizer`."""
+        if self._optimizer() is not optimizer:
+            self._optimizer = weakref.ref(optimizer)
+            self._stepped.clear()
         fresh = self._without_state(optimizer)
         if not fresh:
             return self._steady(step)

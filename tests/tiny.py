@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
 
 # The form that TRL's assistant_only_loss needs: the end of a turn is trained too.
 CHAT_TEMPLATE = (
@@ -37,7 +40,7 @@ def texts() -> tuple[str, ...]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 512 tokens, trained on the texts."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
     bpe.train_from_iterator(
         texts()[:400],
         trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<eos>"]),

@@ -7,10 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from torch import nn
 
-# Keys of `activation_checkpointing_kwargs` that choose layers and storage; the rest goes to
-# `torch.utils.checkpoint.checkpoint`.
-_NOT_FOR_TORCH = ("every_n_layers", "offload")
-
 
 def base_model(trainer: Any) -> nn.Module:
     """The transformers model inside accelerate's, torch.compile's and PEFT's wrappers."""
@@ -39,16 +35,20 @@ def refusal(trainer: Any) -> str | None:
         return f"{name} has no gradient_checkpointing_enable()"
     if not getattr(model, "supports_gradient_checkpointing", True):
         return f"{name} does not support gradient checkpointing"
+    if not any(hasattr(module, "gradient_checkpointing") for module in model.modules()):
+        return f"{name} has no layer with a gradient_checkpointing switch"
     return None
 
 
 def enable(trainer: Any) -> None:
     """Checkpoint every layer, with the keyword arguments that the user's `args` hold."""
     model: Any = base_model(trainer)
-    kwargs = {k: v for k, v in _kwargs(trainer).items() if k not in _NOT_FOR_TORCH}
+    kwargs = _kwargs(trainer)
+    kwargs.pop("every_n_layers", None)
+    offload = kwargs.pop("offload", False)
     kwargs = kwargs or {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        model.activation_checkpointing_enable(kwargs, offload=offload)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 

@@ -53,8 +53,13 @@ def read_plan(trainer: Any) -> Plan:
         gradient_checkpointing=activations.is_checkpointing(trainer),
         optim=str(getattr(args.optim, "value", args.optim)),
         target_modules=None if targets is None else tuple(sorted(targets)),
-        lora_r=getattr(config, "r", None),
+        lora_r=_largest_rank(config),
     )
+
+
+def _largest_rank(config: Any) -> int | None:
+    rank = getattr(config, "r", None)
+    return None if rank is None else max(rank, *(config.rank_pattern or {"": rank}).values())
 
 
 class Levers:
@@ -87,13 +92,12 @@ class Levers:
 
     def _refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
         changed = before.changes(after)
-        unknown = set(changed) - {
-            "gradient_checkpointing",
-            "micro_batch_size",
-            "max_pass_tokens",
-            "max_length",
-            "sequence_mode",
-        }
+        obeyed = {"gradient_checkpointing", "max_pass_tokens", "max_length"}
+        if "max_pass_tokens" in changed:
+            obeyed.add("micro_batch_size")  # the same limit in rows, for people
+        if "max_length" in changed:
+            obeyed.add("sequence_mode")
+        unknown = set(changed) - obeyed
         if unknown:
             return f"no lever changes {', '.join(sorted(unknown))} of a live trainer"
         if "gradient_checkpointing" in changed:
@@ -127,8 +131,9 @@ class Levers:
         return 0 if pad is None else int(pad)
 
     def _refuses_length(self, after: Plan, window: Window, index: int) -> str | None:
-        name = type(activations.base_model(self._trainer)).__name__
-        if name in _UNSHIFTED:
+        model: Any = activations.base_model(self._trainer)
+        name, config = type(model).__name__, getattr(model, "config", None)
+        if name in _UNSHIFTED or getattr(config, "is_encoder_decoder", False):
             return f"rows of a {name} are not causal text"
         if not window.batches:
             return "no batch has been seen yet"
