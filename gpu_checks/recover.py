@@ -113,7 +113,8 @@ def to_markdown(setting: Mapping[str, Any], results: Mapping[str, Result]) -> st
         f"{setting['date']}, {setting['device']}{driver}; {versions}\n",
     ]
     for name, result in results.items():
-        lines.append(f"## {name}\n\n{SECTIONS[name].__doc__} Took {result.seconds:.0f} s.\n")
+        about = " ".join((SECTIONS[name].__doc__ or "").split())
+        lines.append(f"## {name}\n\n{about} Took {result.seconds:.0f} s.\n")
         for title, rows in result.tables.items():
             lines += [f"### {title}\n", _table(rows)]
         lines += [f"**Failed:** {failure}\n" for failure in result.failures]
