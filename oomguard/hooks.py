@@ -164,12 +164,19 @@ class GuardedTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Protected bookkeeping between two batches."""
-        original = super().floating_point_ops
-        return int(self._oomguard.protect("bookkeeping", lambda: original(inputs)))
+        original, hooks = super().floating_point_ops, self._oomguard
+        return sum(
+            sign * int(hooks.protect("bookkeeping", functools.partial(original, batch)))
+            for batch, sign in hooks.transaction.to_count("flos", inputs)
+        )
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        original = super()._track_num_input_tokens
-        self._oomguard.protect("bookkeeping", lambda: original(inputs))
+        original, hooks = super()._track_num_input_tokens, self._oomguard
+        for batch, sign in hooks.transaction.to_count("tokens", inputs):
+            before = self.state.num_input_tokens_seen
+            hooks.protect("bookkeeping", functools.partial(original, batch))
+            seen = self.state.num_input_tokens_seen - before
+            self.state.num_input_tokens_seen = before + sign * seen
 
 
 INTERCEPTED = tuple(name for name, value in vars(GuardedTrainer).items() if callable(value))

@@ -33,7 +33,7 @@ SCHEMA = "oomguard.report/1"
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _REDONE_AFTER = frozenset({"forward", "backward"})
-_WIDE = 110
+_WIDE = 112
 _UNKNOWN = "-"
 _NOT_FINITE = ("nan", "inf", "-inf")
 _PACKAGES = ("oomguard", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")

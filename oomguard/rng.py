@@ -12,7 +12,7 @@ import torch
 from oomguard.memory import device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomState:
     """State of Python's, numpy's, torch's and every device's generator."""
 
@@ -20,6 +20,19 @@ class RandomState:
     numpy: Any
     cpu: torch.Tensor
     devices: list[torch.Tensor]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RandomState)
+            and self.python == other.python
+            and all(map(np.array_equal, self.numpy, other.numpy))
+            and all(map(torch.equal, self._tensors(), other._tensors()))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.cpu, *self.devices]
 
 
 def snapshot() -> RandomState:

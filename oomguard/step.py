@@ -51,9 +51,13 @@ class StepTransaction:
         self._weight: float | None = None
         self._pass: Any = None
         self._reported: list[torch.Tensor] = []
-        self._states: list[rng.RandomState] = []
+        # Before each batch; `None` where nothing has drawn since the batch before it: a replay then
+        # lets the numbers flow on, since other passes may draw more or fewer of them.
+        self._states: list[rng.RandomState | None] = []
+        self._end: rng.RandomState | None = None
         self._restore_metrics: Callable[[], None] = lambda: None
         self._get: GetBatches | None = None
+        self._counted: dict[str, list[Any]] = {}
         self._began = time.perf_counter()
 
     # The window: all batches of one optimizer step.
@@ -102,8 +106,8 @@ class StepTransaction:
             batches of the window had before a replay, so this one makes up for the difference.
         """
         index = len(self._reported)
-        with AllocationRetry(self.make_room):
-            self._states.append(rng.snapshot())
+        state = self._random_state()
+        self._states.append(None if index > 0 and state == self._end else state)
         if index == 0:
             self._restore_metrics = metrics.mark(self._trainer)
             self._began = time.perf_counter()
@@ -118,17 +122,28 @@ class StepTransaction:
                 oom.release(error)
             else:
                 self._reported.append(loss)
+                if index + 1 < len(self._window.batches):
+                    self._end = self._random_state()
                 return loss
-            self._undo(index)
+            self._undo()
             self._descend(facts, index)
             replay = True
 
-    def _undo(self, index: int) -> None:
+    def _random_state(self) -> rng.RandomState:
+        with AllocationRetry(self.make_room):
+            return rng.snapshot()
+
+    def _rewind(self, index: int) -> None:
+        state = self._states[index]
+        if state is not None:
+            rng.restore(state)
+
+    def _undo(self) -> None:
         self._weight = None
         for parameter in self._trainer.model.parameters():
             parameter.grad = None
         self._restore_metrics()
-        rng.restore(self._states[index])
+        self._rewind(0)
         device.release_cached()
 
     def _descend(self, facts: oom.OOMFacts, index: int) -> None:
@@ -144,11 +159,11 @@ class StepTransaction:
     def _replay(self, index: int, run_batch: RunBatch) -> torch.Tensor:
         correction: torch.Tensor | None = None
         for earlier in range(index):
-            rng.restore(self._states[earlier])
+            self._rewind(earlier)
             new = self._run(earlier, run_batch)
             difference = new - self._reported[earlier]
             correction = difference if correction is None else correction + difference
-        rng.restore(self._states[index])
+        self._rewind(index)
         loss = self._run(index, run_batch)
         if correction is None or not bool(correction.isfinite().all()):
             return loss
@@ -199,6 +214,21 @@ class StepTransaction:
         if text not in self._mentioned:
             logger.warning("%s", text)
         self._mentioned.add(text)
+
+    def to_count(self, name: str, batch: Any) -> list[tuple[Any, int]]:
+        """What to add to (1) and take from (-1) the count `name` now that a batch is done.
+
+        A replay under a shorter `max_length` has also cut batches that were counted before.
+        """
+        counted, batches = self._counted.get(name, []), self._window.batches
+        if len(counted) >= len(batches):
+            return [(batch, 1)]
+        changes = [(batches[len(counted)], 1)]
+        for old, new in zip(counted, batches, strict=False):
+            if old is not new:
+                changes += [(old, -1), (new, 1)]
+        self._counted[name] = batches[: len(counted) + 1]
+        return changes
 
     def weighted(self, loss: Any) -> Any:
         """A pass's loss, or `(loss, outputs)`, multiplied by its share of the batch."""

@@ -35,13 +35,15 @@ STRIDE = 50  # more than the longest text: a token names its text and its positi
 
 @st.composite
 def texts(draw: st.DrawFn, shortest: int = 1) -> list[Text]:
-    """Texts trained whole, here and there, or not at all."""
+    """Texts trained whole, in their completion, here and there, or not at all."""
     drawn = []
     lengths = draw(st.lists(st.integers(shortest, 30), min_size=1, max_size=9))
     for index, length in enumerate(lengths):
         ids = [2 + index * STRIDE + position for position in range(length)]
         every = 2**length - 1
-        trained = draw(st.just(every) | st.integers(0, every))
+        prompt = draw(st.integers(0, length))
+        completion = every >> prompt << prompt
+        trained = draw(st.sampled_from([every, completion]) | st.integers(0, every))
         labels = [token if trained >> position & 1 else -100 for position, token in enumerate(ids)]
         drawn.append({"input_ids": ids, "labels": labels})
     return drawn
@@ -269,7 +271,8 @@ def tiny_model(attention: str) -> LlamaForCausalLM:
     config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation=attention)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

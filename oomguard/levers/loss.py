@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Columns of the probe. The form of a loss does not depend on the width, and the probe runs where
 # memory is short: it must need less than a pass of a single row.
 _PROBE_TOKENS = 16
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}
 _HALF_TOLERANCE = 1e-2  # some losses have 8 bits, and two batch sizes take two kernels
 
 
@@ -203,7 +203,8 @@ def _shares(passes: list[dict[str, Any]], form: str) -> list[float] | None:
 
 
 def _tolerance(trainer: Any) -> float:
-    mixed = trainer.args.bf16 or trainer.args.fp16
+    args = trainer.args
+    mixed = args.bf16 or args.fp16 or torch.get_float32_matmul_precision() != "highest"
     dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point()}
     if mixed or not dtypes <= set(_TOLERANCE):
         return _HALF_TOLERANCE
