@@ -7,6 +7,7 @@ the move to the device as a whole, everything else operation by operation.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
+
+_OWN = ("wrapped", "make_room")  # the attributes of a wrapper itself
 
 
 def again(make_room: MakeRoom, action: Callable[..., T], *args: Any) -> T:
@@ -36,6 +39,33 @@ def again(make_room: MakeRoom, action: Callable[..., T], *args: Any) -> T:
             oom.release(error)
         failures += 1
         rng.restore(state)
+        make_room(facts, failures)
+
+
+def fetch(make_room: MakeRoom, batches: Iterator[Any], get: Callable[[Iterator[Any]], T]) -> T:
+    """`get(batches)`, repeated over the same batches where memory ran out in `get` itself."""
+    taken: list[Any] = []
+    over = False
+
+    def recorded() -> Iterator[Any]:
+        nonlocal over
+        over = True  # unless it yields again: an iterator that raised is over, and so is the epoch
+        for batch in batches:
+            taken.append(batch)
+            over = False
+            yield batch
+            over = True
+
+    failures = 0
+    while True:
+        try:
+            return get(chain(list(taken), recorded()))
+        except (RuntimeError, MemoryError) as error:
+            facts = oom.classify(error)
+            if facts is None or over:
+                raise
+            oom.release(error)
+        failures += 1
         make_room(facts, failures)
 
 
@@ -67,9 +97,16 @@ class _RetriedCollator(_Retried):
 
 class _RetriedDataset(_Retried, Dataset[Any]):
     def __getattr__(self, name: str) -> Any:
-        if name in {"wrapped", "make_room"}:  # not set yet while it is being unpickled
+        if name in _OWN:  # not set yet while it is being unpickled
             raise AttributeError(name)
         return getattr(self.wrapped, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Workers and callbacks set things on the data set they see, for its methods to read.
+        if name in _OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.wrapped, name, value)
 
     def __len__(self) -> int:
         return len(self.wrapped)

@@ -30,7 +30,7 @@ _TEXTS = (
     "hip error: out of memory",
     "hpu out of memory",
     "npu out of memory",
-    "synstatus=8 [device not found] device acquire failed",
+    "pt_devmem allocation failed",  # HPU
 )
 _NCCL = re.compile(r"nccl.*out of memory", re.IGNORECASE | re.DOTALL)
 _SIZE = r"([\d.]+ (?:[KMGT]i?B|bytes|B))"

@@ -9,9 +9,11 @@ temporaries only: a failed operation is repeated, at last on the host, so that t
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from oomguard import oom
 from oomguard.errors import OomguardError
@@ -95,43 +97,40 @@ class AtomicStep:
 
 
 class _HostCopy:
-    """Parameters, state and group settings of an optimizer, copied to the host."""
+    """All that a step may change, copied to the host."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         with off_card(), torch.no_grad():
-            self._groups = [
-                {key: value for key, value in group.items() if key != "params"}
-                for group in optimizer.param_groups
-            ]
-            self._params = [
-                (p, p.detach().to("cpu", copy=True))
-                for group in optimizer.param_groups
-                for p in group["params"]
-                if p.grad is not None
-            ]
-            self._states = {
-                p: {key: _copied(value) for key, value in optimizer.state[p].items()}
-                for p, _ in self._params
-                if optimizer.state.get(p)
-            }
+            self._groups = [dict(group) for group in optimizer.param_groups]
+            stepped = [p for group in self._groups for p in group["params"] if p.grad is not None]
+            # Gradients too: some optimizers add the decay of the weights to them.
+            self._tensors = [_saved(tensor) for p in stepped for tensor in (p, p.grad)]
+            self._states = {p: tree_map(_saved, dict(optimizer.state.get(p, {}))) for p in stepped}
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put everything back in place; state that was not there is dropped."""
+        """Put everything back in place; settings and state that were not there are dropped."""
         with off_card(), torch.no_grad():
             for group, settings in zip(optimizer.param_groups, self._groups, strict=True):
+                group.clear()
                 group.update(settings)
-            for p, saved in self._params:
-                p.copy_(saved)
-                known = self._states.get(p)
-                if known is None:
-                    optimizer.state.pop(p, None)
-                    continue
-                for key, value in known.items():
-                    if isinstance(value, torch.Tensor):
-                        optimizer.state[p][key].copy_(value)
-                    else:
-                        optimizer.state[p][key] = value
+            tree_map(_put_back, self._tensors)
+            for p, state in self._states.items():
+                optimizer.state.pop(p, None)
+                if state:
+                    optimizer.state[p] = tree_map(_put_back, state)
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+@dataclass(frozen=True)
+class _Saved:
+    tensor: torch.Tensor
+    copy: torch.Tensor
+
+
+def _saved(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return _Saved(value, value.detach().to("cpu", copy=True))
+
+
+def _put_back(value: Any) -> Any:
+    return value.tensor.copy_(value.copy) if isinstance(value, _Saved) else value

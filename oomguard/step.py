@@ -11,8 +11,9 @@ import torch
 
 from oomguard import oom, rng
 from oomguard.event import OOMEvent
+from oomguard.feed import fetch
 from oomguard.levers import metrics
-from oomguard.levers.batch import CannotActError, count_targets, measure, token_ids
+from oomguard.levers.batch import CannotActError, Shape, count_targets, measure, token_ids
 from oomguard.levers.live import Levers, Window
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from oomguard.descent import Descent
 
 logger = logging.getLogger("oomguard")
+
+_FORGIVEN = 2  # failures of one operation that may pass by themselves
 
 RunBatch = Callable[[Any, Any], torch.Tensor]
 """The trainer's own `training_step` on one batch with `num_items_in_batch`; returns its loss."""
@@ -73,7 +76,7 @@ class StepTransaction:
         self.phase = "fetch"
         with AllocationRetry(self.make_room):
             # Levers judge by the last window while this one is on its way.
-            fetched, num_items = get(batches, count)
+            fetched, num_items = fetch(self.make_room, batches, lambda source: get(source, count))
             self._forget()
             self._window, self._get = Window(fetched, num_items), get
             self._cut_window()
@@ -243,20 +246,31 @@ class StepTransaction:
     def make_room(self, facts: oom.OOMFacts, failures: int) -> None:
         """Release what can be, take a rung, obey it at once.
 
-        The first failure of an operation takes an exact rung only, and none where none is left: a
-        second try may be enough.
+        The first failures of an operation take exact rungs only, and none where none is left:
+        another try may be enough.
         """
         began = time.perf_counter()
         device.release_cached()
         event = self._event(facts, max(0, len(self._reported) - 1))
         taken = self._descent.take(
-            event, self._window, event.micro_batch or 0, required=failures > 1
+            event, self._window, event.micro_batch or 0, required=failures > _FORGIVEN
         )
         self._descent.record(event, taken, time.perf_counter() - began)
 
-    def _event(self, facts: oom.OOMFacts, index: int) -> OOMEvent:
+    def _shape(self) -> Shape | None:
+        """The size of the pass that failed; to tell that of a packed one takes a little memory."""
         known = self._pass if self._pass is not None else next(iter(self._window.batches), None)
-        shape = measure(known)
+        try:
+            with AllocationRetry(_release_once):
+                return measure(known)
+        except (RuntimeError, MemoryError) as error:
+            if oom.classify(error) is None:
+                raise
+            oom.release(error)
+        return None
+
+    def _event(self, facts: oom.OOMFacts, index: int) -> OOMEvent:
+        shape = self._shape()
         allocated, reserved = device.allocated_and_reserved_bytes()
         return OOMEvent(
             phase=self.phase,
