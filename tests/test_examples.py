@@ -1,0 +1,57 @@
+"""The examples run as a user would run them, and do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oomguard.report import Report
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "examples" / "quickstart.py"
+
+
+def run_quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The quickstart on the CPU, which writes to `folder`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),  # an installed oomguard might be another version
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # two threads wait for each other where cores are shared
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
+    return subprocess.run(  # noqa: S603 - it is our own script
+        [sys.executable, str(QUICKSTART)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_an_example_has_at_most_60_lines(example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_the_quickstart_takes_every_rung_and_learns(tmp_path: Path) -> None:
+    done = run_quickstart(tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = Report.load(tmp_path / "outputs" / "quickstart" / "oomguard.json")
+    assert report.status == "finished"
+    assert report.plan.effective_batch_size == report.initial_plan.effective_batch_size
+    assert {recovery.rung for recovery in report.recoveries} == set(report.ladder)
+    for rung in ("CheckpointActivations", "HalveSequence", "SplitBatch"):
+        assert re.search(rf"^\d+ .* {rung} ", done.stdout, re.MULTILINE), done.stdout
+    assert "Traceback" not in done.stderr
+    losses = re.search(r"^eval loss ([\d.]+) -> ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert losses, done.stdout
+    assert float(losses[2]) < float(losses[1]) - 1
