@@ -8,10 +8,10 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-slow: $(INSTALLED)
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@$(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet

@@ -91,6 +91,7 @@ class Guard:
         hooks.uninstall(self._trainer)
         self.report.seconds = time.perf_counter() - self._began
         self.report.train_output = self._hooks.train_output
+        del self._hooks  # it holds the last batches
         self.report.status = _status(error)
         self.report.error = None if error is None else f"{type(error).__name__}: {error}"
         if not self._trainer.is_world_process_zero():

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import gc
+
+import torch
+
+torch.set_num_threads(1)  # test files run side by side, one a core
+
+
+def pytest_collection_finish() -> None:
+    # Every recovery collects garbage; what was imported need not be looked through each time.
+    gc.freeze()
