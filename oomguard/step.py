@@ -63,8 +63,6 @@ class StepTransaction:
         self._counted: dict[str, list[Any]] = {}
         self._began = time.perf_counter()
 
-    # The window: all batches of one optimizer step.
-
     def begin(self, batches: Iterator[Any], count: int, get: GetBatches) -> tuple[list[Any], Any]:
         """Fetch the batches of the next optimizer step.
 
@@ -98,8 +96,6 @@ class StepTransaction:
             # In place: the Trainer's loop goes on with this very list.
             batches[:] = cut
             _, self._window.num_items = self._get(iter(cut), len(cut))
-
-    # Forward and backward: undo the window and run it again.
 
     def run(self, run_batch: RunBatch) -> torch.Tensor:
         """Run the window's next batch; after an out-of-memory, replay the window up to it.
@@ -240,8 +236,6 @@ class StepTransaction:
         if isinstance(loss, tuple):
             return (loss[0] * self._weight, *loss[1:])
         return loss * self._weight
-
-    # Everywhere else: make room, and let the operation that failed be repeated.
 
     def make_room(self, facts: oom.OOMFacts, failures: int) -> None:
         """Release what can be, take a rung, obey it at once.

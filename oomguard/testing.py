@@ -22,7 +22,7 @@ from oomguard.memory.size import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_BLOCK_BYTES = 512  # kMinBlockSize of CUDACachingAllocator: every block is a multiple of it
+_BLOCK_BYTES = 512  # kMinBlockSize of CUDACachingAllocator
 # Of these ops the first argument says nothing about what was there before: `torch.tensor(...)` and
 # `torch.load` make their memory out of sight and only then hand it to such an op.
 _ATEN = torch.ops.aten

@@ -176,9 +176,10 @@ def masking_collator(**arguments: Any) -> DataCollatorForLanguageModeling:
     return DataCollatorForLanguageModeling(tokenizer, mlm=True, **arguments)
 
 
-def test_random_masks_are_drawn_anew_the_same(tmp_path: Path) -> None:
-    def build(folder: Path) -> Any:
-        return make(folder, collator=masking_collator(), max_steps=2)
+@pytest.mark.parametrize("seed", [None, 5])
+def test_random_masks_are_drawn_anew_the_same(seed: int | None, tmp_path: Path) -> None:
+    def build(folder: Path) -> Any:  # with a seed, a collator has a generator of its own
+        return make(folder, collator=masking_collator(seed=seed), max_steps=2)
 
     fail_in_turn(build, tmp_path, most=20)
 
