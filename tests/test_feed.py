@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import pickle
 from functools import partial
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
 
 ROWS = 20
 LADDER = oomguard.Ladder(oomguard.CheckpointActivations())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_objects_to_collect() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # every recovery collects garbage; what the imports made stays anyway
-    yield
-    gc.unfreeze()
 
 
 class Rows(Dataset[dict[str, list[int]]]):

@@ -429,3 +429,32 @@ def test_an_interrupt_during_a_recovery_leaves_the_last_complete_step(
     set_seed(5)
     assert oomguard.fit(trainer).status == "finished"
     assert tiny.largest_difference(tiny.weights(plain), tiny.weights(trainer)) == 0
+
+
+class Broken(oomguard.Rung):
+    fidelity = oomguard.Fidelity.EXACT
+
+    def __call__(self, plan: Plan, event: OOMEvent) -> Plan:
+        message = "this rung has a bug"
+        raise ZeroDivisionError(message)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="an error raised while room is made leaves a later optimizer.step half done"
+)
+@pytest.mark.parametrize("rung", [Interrupted(), Broken()], ids=["interrupt", "error"])
+def test_an_error_during_a_recovery_leaves_no_later_step_half_done(
+    rung: oomguard.Rung, places: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    plain, kept = make(tmp_path, max_steps=2, lr_scheduler_type="constant"), LastWeights()
+    plain.add_callback(kept)
+    plain.train()
+    found = [number for number, where in enumerate(places, 1) if where == ("optimizer", 2)]
+    trainer = make(tmp_path, lr_scheduler_type="constant")
+    error = KeyboardInterrupt if isinstance(rung, Interrupted) else ZeroDivisionError
+    with pytest.raises(error), VirtualCard(fail_at=found[len(found) // 2]):
+        oomguard.fit(trainer, ladder=oomguard.Ladder(rung))
+    weights = [p.detach() for p in trainer.model.parameters()]
+    torch.testing.assert_close(weights, kept.weights, rtol=0, atol=0)
+    states = list(trainer.optimizer.state.values())
+    torch.testing.assert_close(states, kept.states, rtol=0, atol=0)
