@@ -47,7 +47,8 @@ class AllocationRetry(TorchDispatchMode):
     """While entered, an operation that runs out of memory is repeated after `make_room`.
 
     Args:
-        make_room: Frees memory, or raises to give up.
+        make_room: Frees memory, or raises to give up: at once, or with `spill` when the region is
+            left.
         spill: Whether an operation that fails again is computed on the host. Its results stay
             there, and what is computed with them too, until they are written back into a tensor of
             the device. Only for regions whose new tensors are temporary.
@@ -62,6 +63,7 @@ class AllocationRetry(TorchDispatchMode):
         self._spill = spill
         self.mutations = 0
         self._spilled = False
+        self._stopped: BaseException | None = None
         # Keeps the host results alive: their ids tell which later operations must follow them.
         self._on_host: dict[int, torch.Tensor] = {}
 
@@ -92,13 +94,22 @@ class AllocationRetry(TorchDispatchMode):
             if self._spill and (self._spilled or failures > 1):
                 self._spilled = True  # no room for one: not for the next one of this region either
                 break
-            self._make_room(facts, failures)
+            try:
+                self._make_room(facts, failures)
+            except BaseException as error:
+                if not self._spill:
+                    raise
+                # What is under way is finished first, on the host: it must not stay half done.
+                self._stopped, self._spilled = error, True
+                break
         self.mutations += func._schema.is_mutable
         return self._run_on_host(func, args, kwargs)
 
     def __exit__(self, *exc_info: Any) -> Any:
         self._on_host.clear()
-        return super().__exit__(*exc_info)
+        super().__exit__(*exc_info)
+        if self._stopped is not None and exc_info[0] is None:
+            raise self._stopped
 
     def _follows_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not self._on_host:

@@ -439,9 +439,6 @@ class Broken(oomguard.Rung):
         raise ZeroDivisionError(message)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an error raised while room is made leaves a later optimizer.step half done"
-)
 @pytest.mark.parametrize("rung", [Interrupted(), Broken()], ids=["interrupt", "error"])
 def test_an_error_during_a_recovery_leaves_no_later_step_half_done(
     rung: oomguard.Rung, places: list[tuple[str, int]], tmp_path: Path
