@@ -1,8 +1,8 @@
 """Batches on their way from the data loader to the step, none lost and none twice.
 
 An exception that passes through a data loader's iterator ends it, with the samples it had drawn. So
-what can run out of memory is made to survive it in place: the dataset's access, the collator and
-the move to the device as a whole, everything else operation by operation.
+what can run out of memory is made to survive it in place: operation by operation, and where an
+error is raised in Python, the dataset's access, the collator and the move to the device as a whole.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from oomguard import oom, rng
-from oomguard.retry import AllocationRetry, MakeRoom, suspended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from oomguard.retry import MakeRoom
 
 T = TypeVar("T")
 
@@ -86,8 +87,7 @@ class _Retried:
     def _call(self, action: Callable[..., T], *args: Any) -> T:
         if self.make_room is None or get_worker_info() is not None:
             return action(*args)
-        with suspended():  # hundreds of small operations, each slower under a dispatch mode
-            return again(self.make_room, action, *args)
+        return again(self.make_room, action, *args)
 
 
 class _RetriedCollator(_Retried):
@@ -157,15 +157,13 @@ class Feed:
         self._move = lambda batch: batch
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches of `batches`, moved to the device."""
+        """The batches of `batches`, moved to the device; read it under an `AllocationRetry`."""
         while True:
-            with AllocationRetry(self._make_room):
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                batch = again(self._make_room, self._move, batch)
-            yield batch
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield again(self._make_room, self._move, batch)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         original = vars(owner)[name]

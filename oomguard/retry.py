@@ -8,16 +8,13 @@ goes on as if the operation had been slow. Nothing is copied and nothing is undo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
-    _get_current_dispatch_mode,
-    _pop_mode_temporarily,
 )
 from torch.utils._pytree import tree_map_only
 
@@ -32,15 +29,6 @@ Raises when nothing more can be done."""
 def off_card() -> Any:
     """A context whose tensors belong to the host: a `VirtualCard` does not see them."""
     return _disable_current_modes()
-
-
-@contextmanager
-def suspended() -> Iterator[None]:
-    """Without the `AllocationRetry` that was entered last."""
-    with ExitStack() as stack:
-        if isinstance(_get_current_dispatch_mode(), AllocationRetry):
-            stack.enter_context(_pop_mode_temporarily())
-        yield
 
 
 class AllocationRetry(TorchDispatchMode):
