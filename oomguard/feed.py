@@ -7,6 +7,7 @@ error is raised in Python, the dataset's access, the collator and the move to th
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from oomguard import oom, rng
+from oomguard.retry import again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,23 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _OWN = ("wrapped", "make_room")  # the attributes of a wrapper itself
-
-
-def again(make_room: MakeRoom, action: Callable[..., T], *args: Any) -> T:
-    """`action(*args)`, repeated from the same random state after every out-of-memory."""
-    failures = 0
-    while True:
-        state = rng.snapshot()
-        try:
-            return action(*args)
-        except (RuntimeError, MemoryError) as error:
-            facts = oom.classify(error)
-            if facts is None:
-                raise
-            oom.release(error)
-        failures += 1
-        rng.restore(state)
-        make_room(facts, failures)
 
 
 def fetch(make_room: MakeRoom, batches: Iterator[Any], get: Callable[[Iterator[Any]], T]) -> T:
@@ -62,10 +47,9 @@ def fetch(make_room: MakeRoom, batches: Iterator[Any], get: Callable[[Iterator[A
         try:
             return get(chain(list(taken), recorded()))
         except (RuntimeError, MemoryError) as error:
-            facts = oom.classify(error)
-            if facts is None or over:
+            if over:
                 raise
-            oom.release(error)
+            facts = oom.caught(error)
         failures += 1
         make_room(facts, failures)
 
@@ -87,7 +71,8 @@ class _Retried:
     def _call(self, action: Callable[..., T], *args: Any) -> T:
         if self.make_room is None or get_worker_info() is not None:
             return action(*args)
-        return again(self.make_room, action, *args)
+        draw_again = partial(rng.restore, rng.snapshot())
+        return again(self.make_room, partial(action, *args), draw_again)
 
 
 class _RetriedCollator(_Retried):
@@ -163,7 +148,7 @@ class Feed:
                 batch = next(batches)
             except StopIteration:
                 return
-            yield again(self._make_room, self._move, batch)
+            yield again(self._make_room, partial(self._move, batch))
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         original = vars(owner)[name]

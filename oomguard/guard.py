@@ -14,7 +14,7 @@ from oomguard import hooks
 from oomguard.descent import Descent
 from oomguard.errors import UnsupportedTrainerError
 from oomguard.ladder import Ladder, rung_name
-from oomguard.levers.live import Levers, read_plan
+from oomguard.levers.live import Levers, optim_name, read_plan
 from oomguard.report import Report, Status
 from oomguard.step import StepTransaction
 
@@ -98,7 +98,6 @@ class Guard:
             return
         path = Path(self._trainer.args.output_dir) / REPORT_NAME
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self.report.save(path)
         except OSError as failure:  # never in place of the training's own result or error
             logger.warning("The report could not be written to %s: %s", path, failure)
@@ -152,7 +151,7 @@ def _reasons(trainer: Any) -> list[str]:
         )
     if getattr(trainer, "is_fsdp_enabled", False):
         reasons.append("FSDP shards weights over processes; train without args.fsdp.")
-    optim = str(getattr(args.optim, "value", args.optim))
+    optim = optim_name(args)
     if "lomo" in optim or optim.endswith("_layerwise"):
         reasons.append(
             f"optim={optim!r} updates weights inside backward, so a failed backward cannot be "

@@ -37,11 +37,8 @@ class Hooks:
         self._batches: Iterator[Any] = iter(())
         self.loss_class = cast(
             "type[RetriedScalar]",
-            type("RetriedScalar", (RetriedScalar,), {"make_room": self._bookkeeping}),
+            type("RetriedScalar", (RetriedScalar,), {"make_room": transaction.make_room}),
         )
-
-    def _bookkeeping(self, facts: Any, failures: int) -> None:
-        self.transaction.make_room(facts, failures)
 
     def batches(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """The epoch's batches made safe; one and the same iterator per epoch."""

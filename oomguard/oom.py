@@ -93,6 +93,18 @@ def release(error: BaseException | None) -> None:
         error = following
 
 
+def caught(error: BaseException) -> OOMFacts:
+    """The facts of an out-of-memory error, its frames released; raises any other error again.
+
+    For `except` blocks; what they say of `release` goes for this too.
+    """
+    facts = classify(error)
+    if facts is None:
+        raise error
+    release(error)
+    return facts
+
+
 def _read(pattern: re.Pattern[str], text: str) -> int | None:
     found = pattern.search(text)
     if found is None:

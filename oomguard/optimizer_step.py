@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from oomguard import oom
 from oomguard.errors import OomguardError
-from oomguard.retry import AllocationRetry, MakeRoom, off_card
+from oomguard.retry import AllocationRetry, MakeRoom, again, off_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +44,7 @@ class AtomicStep:
         # A gradient scaler that finds an infinity leaves the step out, and no state is created.
         hook = optimizer.register_step_post_hook(lambda *_: self._stepped.update(fresh))
         try:
-            return self._create_state(optimizer, step)
+            return again(self._make_room, step, partial(_HostCopy(optimizer).restore, optimizer))
         finally:
             hook.remove()
 
@@ -67,10 +68,7 @@ class AtomicStep:
                 try:
                     return step()
                 except (RuntimeError, MemoryError) as error:
-                    facts = oom.classify(error)
-                    if facts is None:
-                        raise
-                    oom.release(error)
+                    facts = oom.caught(error)
                 if retry.mutations != mutations:
                     msg = (
                         f"optimizer.step ran out of memory outside any PyTorch operation "
@@ -79,21 +77,6 @@ class AtomicStep:
                     )
                     raise OomguardError(msg)
                 self._make_room(facts, 1)
-
-    def _create_state(self, optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> Any:
-        failures = 0
-        before = _HostCopy(optimizer)
-        while True:
-            try:
-                return step()
-            except (RuntimeError, MemoryError) as error:
-                facts = oom.classify(error)
-                if facts is None:
-                    raise
-                oom.release(error)
-            before.restore(optimizer)
-            failures += 1
-            self._make_room(facts, failures)
 
 
 class _HostCopy:

@@ -9,17 +9,16 @@ goes on as if the operation had been slow. Nothing is copied and nothing is undo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from oomguard import oom, rng
 
+T = TypeVar("T")
 MakeRoom = Callable[[oom.OOMFacts, int], None]
 """Called with the failure and the number of failed tries of this operation; frees what it can.
 
@@ -29,6 +28,21 @@ Raises when nothing more can be done."""
 def off_card() -> Any:
     """A context whose tensors belong to the host: a `VirtualCard` does not see them."""
     return _disable_current_modes()
+
+
+def again(
+    make_room: MakeRoom, action: Callable[[], T], undo: Callable[[], None] = lambda: None
+) -> T:
+    """`action()`, repeated after every out-of-memory; `undo` takes back what it had done."""
+    failures = 0
+    while True:
+        try:
+            return action()
+        except (RuntimeError, MemoryError) as error:
+            facts = oom.caught(error)
+        undo()
+        failures += 1
+        make_room(facts, failures)
 
 
 class AllocationRetry(TorchDispatchMode):
@@ -70,10 +84,7 @@ class AllocationRetry(TorchDispatchMode):
             try:
                 result = func(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
-                facts = oom.classify(error)
-                if facts is None:
-                    raise
-                oom.release(error)
+                facts = oom.caught(error)
             else:
                 self.mutations += func._schema.is_mutable
                 return result
@@ -188,14 +199,5 @@ class RetriedScalar(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run `func`, a single operation, as often as it takes while the guard is there."""
-        failures = 0
-        while True:
-            try:
-                return super().__torch_function__(func, types, args, kwargs or {})
-            except (RuntimeError, MemoryError) as error:
-                facts = oom.classify(error)
-                if facts is None or cls.make_room is None:
-                    raise
-                oom.release(error)
-            failures += 1
-            cls.make_room(facts, failures)
+        run = partial(super().__torch_function__, func, types, args, kwargs or {})
+        return run() if cls.make_room is None else again(cls.make_room, run)

@@ -13,8 +13,9 @@ from oomguard import oom, rng
 from oomguard.event import OOMEvent
 from oomguard.feed import fetch
 from oomguard.levers import metrics
-from oomguard.levers.batch import CannotActError, Shape, count_targets, measure, token_ids
+from oomguard.levers.batch import CannotActError, Shape, measure, token_ids
 from oomguard.levers.live import Levers, Window
+from oomguard.levers.loss import shares
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
 from oomguard.retry import AllocationRetry
@@ -115,10 +116,7 @@ class StepTransaction:
             try:
                 loss = self._replay(index, run_batch) if replay else self._run(index, run_batch)
             except (RuntimeError, MemoryError) as error:
-                facts = oom.classify(error)
-                if facts is None:
-                    raise
-                oom.release(error)
+                facts = oom.caught(error)
             else:
                 self._reported.append(loss)
                 if index + 1 < len(self._window.batches):
@@ -185,7 +183,7 @@ class StepTransaction:
             loss = run_batch(part, num_items)
             total = loss if total is None else total + loss
         self._weight = None
-        metrics.merge(self._trainer, before, _shares(passes))
+        metrics.merge(self._trainer, before, shares(passes, "token"))  # what TRL's are means over
         assert total is not None  # noqa: S101 - a batch has at least one pass
         return total
 
@@ -258,9 +256,7 @@ class StepTransaction:
             with AllocationRetry(_release_once):
                 return measure(known)
         except (RuntimeError, MemoryError) as error:
-            if oom.classify(error) is None:
-                raise
-            oom.release(error)
+            oom.caught(error)
         return None
 
     def _event(self, facts: oom.OOMFacts, index: int) -> OOMEvent:
@@ -286,10 +282,3 @@ def _release_once(facts: oom.OOMFacts, failures: int) -> None:
     if failures > 1:
         raise torch.OutOfMemoryError(facts.message)
     device.release_cached()
-
-
-def _shares(passes: list[dict[str, Any]]) -> list[float]:
-    """Each pass's share of the targets, which is what TRL's metrics are means over."""
-    counts = [count_targets(part, shift=True) or 0 for part in passes]
-    total = sum(counts)
-    return [count / total if total else 1 / len(counts) for count in counts]

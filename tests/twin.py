@@ -31,19 +31,7 @@ Faults = Mapping[tuple[str, int], int]
 """Which allocation fails: in `("forward", n)` or `("backward", n)` of the n-th call of
 `training_step`, or in `("optimizer", n)` of the n-th optimizer step; all counted from 1."""
 
-SMALL: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 2,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "linear",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 3,
-}
+SMALL: dict[str, Any] = {**tiny.ARGUMENTS, "max_steps": 2, "learning_rate": 1e-4}
 """Two optimizer steps of 2 x 4 rows. At larger learning rates Adam amplifies float order:
 weights of a full fine-tune then differ by up to 0.004 times the rate."""
 

@@ -51,10 +51,15 @@ def read_plan(trainer: Any) -> Plan:
         world_size=args.world_size,
         max_length=getattr(args, "max_length", None),
         gradient_checkpointing=activations.is_checkpointing(trainer),
-        optim=str(getattr(args.optim, "value", args.optim)),
+        optim=optim_name(args),
         target_modules=None if targets is None else tuple(sorted(targets)),
         lora_r=_largest_rank(config),
     )
+
+
+def optim_name(args: Any) -> str:
+    """`TrainingArguments.optim` as users write it."""
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def _largest_rank(config: Any) -> int | None:
@@ -85,9 +90,7 @@ class Levers:
         try:
             return self._refusal(before, after, window, index)
         except (RuntimeError, MemoryError) as error:
-            if oom.classify(error) is None:
-                raise
-            oom.release(error)
+            oom.caught(error)
         return "memory ran out while finding out whether it can act"
 
     def _refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:

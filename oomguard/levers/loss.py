@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Columns of the probe. The form of a loss does not depend on the width, and the probe runs where
 # memory is short: it must need less than a pass of a single row.
 _PROBE_TOKENS = 16
+_SINGLE_ROW = "the batch at hand has a single row, too few to tell how the loss adds up"
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}
 _HALF_TOLERANCE = 1e-2  # some losses have 8 bits, and two batch sizes take two kernels
 
@@ -44,7 +45,7 @@ class SplitLoss:
         """What to multiply each pass's loss by; `None` for a sum."""
         if self.form == "sum":
             return None
-        return _shares(passes, self.form) or [1 / len(passes)] * len(passes)
+        return shares(passes, self.form)
 
 
 def refusal(trainer: Any) -> str | None:
@@ -79,11 +80,10 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     Raises:
         CannotActError: The loss is none of the forms, or the batch cannot be split.
     """
-    whole = _two_units(batch, trainer)
+    whole = _two_units(batch)
     parts = split(whole, 1)
     if len(parts) < 2:
-        reason = "the batch at hand has a single row, too few to tell how the loss adds up"
-        raise CannotActError(reason)
+        raise CannotActError(_SINGLE_ROW)
     undo, state = metrics.mark(trainer), rng.snapshot()
     try:
         with _evaluating(trainer):
@@ -114,30 +114,21 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     return SplitLoss(near[0])
 
 
-def _two_units(batch: Any, trainer: Any) -> dict[str, Any]:
+def _two_units(batch: Any) -> dict[str, Any]:
     """The first two rows or documents, cut short, with targets by which the forms differ."""
     shape = measure(batch)
     if shape is None or shape.units < 2:
-        reason = "the batch at hand has a single row, too few to tell how the loss adds up"
-        raise CannotActError(reason)
+        raise CannotActError(_SINGLE_ROW)
     with suppress(CannotActError):  # not causal text: its rows are as long as they are
         batch = shorten(batch, _PROBE_TOKENS, "truncate", 0)
     passes = split(batch, 1)
-    whole = _merge_units(batch, passes)
+    whole = split(batch, sum(part["input_ids"].numel() for part in passes[:2]))[0]
     labels = whole.get("shift_labels", whole.get("labels"))
     if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         whole = dict(whole)
         key = "shift_labels" if "shift_labels" in whole else "labels"
         whole[key] = _telling_labels(labels, passes[0])
     return whole
-
-
-def _merge_units(batch: Any, passes: list[dict[str, Any]]) -> dict[str, Any]:
-    tokens = 0
-    for part in passes[:2]:
-        shape = measure(part)
-        tokens += shape.tokens if shape is not None else 0
-    return split(batch, tokens)[0]
 
 
 def _telling_labels(labels: torch.Tensor, first: dict[str, Any]) -> torch.Tensor:
@@ -185,6 +176,11 @@ def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any
     inputs = trainer._prepare_inputs(dict(batch))
     with torch.no_grad(), trainer.compute_loss_context_manager():
         return float(compute_loss(trainer.model, inputs, num_items_in_batch=num_items))
+
+
+def shares(passes: list[dict[str, Any]], form: str) -> list[float]:
+    """Each pass's share of the targets or rows; equal ones where there is none to count."""
+    return _shares(passes, form) or [1 / len(passes)] * len(passes)
 
 
 def _shares(passes: list[dict[str, Any]], form: str) -> list[float] | None:
