@@ -220,7 +220,7 @@ def overhead(bench: Bench) -> Result:
     Blocks of steps alternate, so that both meet the same clocks; the first steps after a change are
     left out.
     """
-    block, skipped, blocks = (4, 2, 4) if bench.scale.tiny else (8, 2, 24)
+    block, skipped, blocks = (4, 2, 4) if bench.scale.tiny else (8, 2, 36)
     job, result = bench.scale.lora("full " * block * blocks), Result()
 
     def toggle(trainer: CheckedTrainer, session: Session) -> None:

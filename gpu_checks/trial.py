@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -90,11 +90,14 @@ class Toggle(TrainerCallback):
         self._guard: Guard | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Change at the end of a block; the loader itself was opened without a guard."""
+        """Change at the end of a block."""
         if state.global_step % self._block:
             return
         if self._guard is None and state.global_step < state.max_steps:
             self._guard = Guard(self._trainer).__enter__()
+            # As if the guard had opened the loader itself.
+            loader = self._trainer.callback_handler.train_dataloader
+            cast("Any", self._trainer)._oomguard.feed.attach(loader)  # noqa: SLF001
         elif self._guard is not None:
             self._guard.__exit__(None, None, None)
             self._guard = None

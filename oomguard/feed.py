@@ -7,16 +7,17 @@ error is raised in Python, the dataset's access, the collator and the move to th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from oomguard import oom, rng
-from oomguard.retry import again
+from oomguard.retry import again, unwatched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,14 +144,25 @@ class Feed:
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of `batches`, moved to the device; read it under an `AllocationRetry`."""
+        host_only = False
         while True:
             try:
-                batch = next(batches)
+                # Collating takes hundreds of small operations, and to watch them takes time.
+                with unwatched() if host_only else nullcontext():
+                    batch = next(batches)
             except StopIteration:
                 return
+            host_only = _on_host(batch)
             yield again(self._make_room, partial(self._move, batch))
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         original = vars(owner)[name]
         vars(owner)[name] = value
         self._undo.append(lambda: vars(owner).__setitem__(name, original))
+
+
+def _on_host(batch: Any) -> bool:
+    """Whether all its tensors are the host's, so that making the next one takes no device."""
+    kinds: set[str] = set()
+    recursively_apply(lambda tensor: kinds.add(tensor.device.type), batch)
+    return kinds <= {"cpu"}

@@ -9,11 +9,16 @@ goes on as if the operation had been slow. Nothing is copied and nothing is undo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_map_only
 
 from oomguard import oom, rng
@@ -28,6 +33,17 @@ Raises when nothing more can be done."""
 def off_card() -> Any:
     """A context whose tensors belong to the host: a `VirtualCard` does not see them."""
     return _disable_current_modes()
+
+
+def unwatched() -> Any:
+    """A context outside any `AllocationRetry`, for work that only the host's memory can fail.
+
+    While another mode is entered, a `VirtualCard` for example, the host's memory is its card's.
+    """
+    stack = _get_current_dispatch_mode_stack()
+    if all(isinstance(mode, AllocationRetry) for mode in stack):
+        return _disable_current_modes()
+    return nullcontext()
 
 
 def again(

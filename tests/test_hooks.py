@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
+    _get_current_dispatch_mode_stack,
 )
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -153,6 +154,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
+    "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_prepare_inputs": lambda: (
