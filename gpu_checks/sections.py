@@ -15,8 +15,8 @@ from gpu_checks.trial import (
     run,
     update_difference,
 )
-from oomguard.ladder import Fidelity
 from oomguard.memory.size import format_bytes
+from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
     from collections.abc import Callable

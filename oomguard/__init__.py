@@ -8,16 +8,20 @@ from oomguard.errors import (
 )
 from oomguard.event import OOMEvent
 from oomguard.guard import Guard, fit
-from oomguard.ladder import (
-    CheckpointActivations,
-    Fidelity,
-    HalveSequence,
-    Ladder,
-    Rung,
-    SplitBatch,
-)
+from oomguard.ladder import Ladder
 from oomguard.plan import Plan
 from oomguard.report import Recovery, Report
+from oomguard.rung import Fidelity, Rung
+from oomguard.rungs import (
+    CheckpointActivations,
+    HalveSequence,
+    LowerRank,
+    NarrowTargets,
+    OffloadActivations,
+    PageOptimizer8bit,
+    ReleaseCache,
+    SplitBatch,
+)
 
 __version__ = "0.1.0"
 
@@ -29,10 +33,15 @@ __all__ = [
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LowerRank",
+    "NarrowTargets",
     "OOMEvent",
+    "OffloadActivations",
     "OomguardError",
+    "PageOptimizer8bit",
     "Plan",
     "Recovery",
+    "ReleaseCache",
     "Report",
     "Rung",
     "SplitBatch",

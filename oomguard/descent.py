@@ -5,13 +5,22 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from oomguard import oom
 from oomguard.errors import ConfigurationError, LadderExhaustedError
-from oomguard.ladder import Fidelity, Ladder, RungLike, rung_fidelity, rung_name, rung_spent
 from oomguard.memory.size import format_bytes
 from oomguard.report import Recovery, Report
+from oomguard.rung import (
+    Fidelity,
+    RungLike,
+    rung_fidelity,
+    rung_name,
+    rung_relieves,
+    rung_spent,
+)
 
 if TYPE_CHECKING:
     from oomguard.event import OOMEvent
+    from oomguard.ladder import Ladder
     from oomguard.levers.live import Levers, Window
     from oomguard.plan import Plan
 
@@ -34,7 +43,13 @@ class Descent:
         self._skipped: dict[str, str] = {}
 
     def take(
-        self, event: OOMEvent, window: Window, index: int, *, required: bool
+        self,
+        event: OOMEvent,
+        window: Window,
+        index: int,
+        *,
+        required: bool,
+        at_most: Fidelity | None = None,
     ) -> tuple[RungLike, Plan] | None:
         """Take the next rung for `event` and make the trainer obey it.
 
@@ -42,8 +57,9 @@ class Descent:
             event: The failure.
             window: The batches at hand, which tell what levers can do.
             index: The batch of the window that failed.
-            required: Whether trying again without a rung is pointless. If it is not, only an exact
-                rung is taken: what a second try may overcome must not change the training.
+            required: Whether trying again without a rung is pointless.
+            at_most: How far the rung may change the training. `None`: any rung if one is required,
+                else an exact one: what a second try may overcome must not change the training.
 
         Returns:
             The rung and the plan before it; `None` when none was left and none was required.
@@ -51,13 +67,19 @@ class Descent:
         Raises:
             LadderExhaustedError: No rung is left and one was required.
         """
-        before, chosen = self.plan, self._choose(event, window, index, any_fidelity=required)
+        allowed = at_most or (Fidelity.SEMANTIC if required else Fidelity.EXACT)
+        before, chosen = self.plan, self._choose(event, window, index, allowed)
         if chosen is None:
             if required:
                 raise LadderExhaustedError(self._exhausted(event))
             return None
         rung, after = chosen
-        self._levers.apply(before, after)
+        try:
+            self._levers.apply(before, after)
+        except (RuntimeError, MemoryError) as error:
+            oom.caught(error)
+            self._skipped[rung_name(rung)] = "it ran out of memory itself"
+            raise LadderExhaustedError(self._exhausted(event)) from None
         self.plan = self._report.plan = after
         return rung, before
 
@@ -78,10 +100,14 @@ class Descent:
         logger.warning("%s", recovery.log_line())
 
     def _choose(
-        self, event: OOMEvent, window: Window, index: int, *, any_fidelity: bool
+        self, event: OOMEvent, window: Window, index: int, at_most: Fidelity
     ) -> tuple[RungLike, Plan] | None:
+        order = list(Fidelity)
         for position, rung in enumerate(self._ladder):
-            if not any_fidelity and rung_fidelity(rung) is not Fidelity.EXACT:
+            if order.index(rung_fidelity(rung)) > order.index(at_most):
+                continue
+            if not rung_relieves(rung, event.phase):
+                self._skip(rung, f"it frees nothing in {event.phase}")
                 continue
             proposal = self._proposal(rung, event, window, index)
             if proposal is None:
@@ -176,8 +202,9 @@ class Descent:
 
 def _raised_limit(before: Plan, after: Plan) -> str | None:
     """Why going from `before` to `after` would not be a way down: ladders end."""
-    for name in ("micro_batch_size", "max_pass_tokens", "max_length"):
+    for name in ("micro_batch_size", "max_pass_tokens", "max_length", "lora_r"):
         old, new = getattr(before, name), getattr(after, name)
         if old is not None and (new is None or new > old):
             return f"it would raise {name} from {old} to {new}"
-    return None
+    added = set(after.target_modules or ()) - set(before.target_modules or ())
+    return f"it would train adapters of {', '.join(sorted(added))} again" if added else None

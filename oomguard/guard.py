@@ -13,9 +13,10 @@ from transformers import Trainer
 from oomguard import hooks
 from oomguard.descent import Descent
 from oomguard.errors import UnsupportedTrainerError
-from oomguard.ladder import Ladder, rung_name
+from oomguard.ladder import Ladder
 from oomguard.levers.live import Levers, optim_name, read_plan
 from oomguard.report import Report, Status
+from oomguard.rung import rung_name
 from oomguard.step import StepTransaction
 
 if TYPE_CHECKING:

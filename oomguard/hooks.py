@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import Trainer
 
 from oomguard.feed import Feed
+from oomguard.levers.adapter import inner_optimizer
 from oomguard.optimizer_step import AtomicStep
 from oomguard.retry import AllocationRetry, RetriedScalar
 
@@ -27,7 +28,7 @@ class Hooks:
         """Take the trainer and the transaction that its steps run in."""
         self.transaction = transaction
         self.feed = Feed(transaction.make_room)
-        self.atomic_step = AtomicStep(transaction.make_room)
+        self.atomic_step = AtomicStep(transaction.make_room, transaction.relieve)
         self.setup = ExitStack()
         self.running = False  # inside training_step
         self.train_output: Any = None
@@ -62,9 +63,9 @@ class Hooks:
 
     def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.transaction.phase = "optimizer"
-        inner = self._trainer.optimizer
         result = self.atomic_step(
-            getattr(inner, "optimizer", inner), functools.partial(step, *args, **kwargs)
+            functools.partial(inner_optimizer, self._trainer),
+            functools.partial(step, *args, **kwargs),
         )
         self.transaction.phase = "bookkeeping"
         return result

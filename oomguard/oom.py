@@ -50,6 +50,8 @@ class OOMFacts:
     asked_bytes: int | None
     free_bytes: int | None
     total_bytes: int | None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
 
 
 def classify(error: BaseException) -> OOMFacts | None:
@@ -71,10 +73,12 @@ def classify(error: BaseException) -> OOMFacts | None:
     first_line = text.strip().split("\n")[0] or type(error).__name__
     message = first_line.partition(" If reserved but unallocated")[0]  # advice, not a fact
     free, allowed, live = _read(_FREE, text), _read(_ALLOWED, text), _read(_LIVE, text)
+    unused = _read(_UNUSED, text)
     if free is not None and allowed is not None and live is not None:
         # Under set_per_process_memory_fraction the device's free memory is not the limit.
-        free = max(0, min(free, allowed - live - (_read(_UNUSED, text) or 0)))
-    return OOMFacts(message, _read(_ASKED, text), free, _read(_TOTAL, text))
+        free = max(0, min(free, allowed - live - (unused or 0)))
+    reserved = None if live is None else live + (unused or 0)
+    return OOMFacts(message, _read(_ASKED, text), free, _read(_TOTAL, text), live, reserved)
 
 
 def release(error: BaseException | None) -> None:

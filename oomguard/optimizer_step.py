@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from oomguard import oom
 from oomguard.errors import OomguardError
-from oomguard.retry import AllocationRetry, MakeRoom, again, off_card
+from oomguard.retry import AllocationRetry, MakeRoom, off_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,26 +26,45 @@ if TYPE_CHECKING:
 class AtomicStep:
     """Runs `optimizer.step` so that no out-of-memory leaves it half done."""
 
-    def __init__(self, make_room: MakeRoom) -> None:
-        """Take what to call when an allocation of the step fails."""
+    def __init__(self, make_room: MakeRoom, relieve: Callable[[oom.OOMFacts], None]) -> None:
+        """Take what to call when an allocation of the step fails.
+
+        Args:
+            make_room: Called between two tries; it may put another optimizer in place.
+            relieve: Called after a step that was finished on the host.
+        """
         self._make_room = make_room
+        self._relieve = relieve
         self._stepped: set[int] = set()  # ids of parameters, which `_optimizer` keeps alive
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
 
-    def __call__(self, optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> Any:
-        """`step()`, the bound original method of `optimizer`."""
-        if self._optimizer() is not optimizer:
-            self._optimizer = weakref.ref(optimizer)
-            self._stepped.clear()
-        fresh = self._without_state(optimizer)
-        if not fresh:
-            return self._steady(step)
-        # A gradient scaler that finds an infinity leaves the step out, and no state is created.
-        hook = optimizer.register_step_post_hook(lambda *_: self._stepped.update(fresh))
-        try:
-            return again(self._make_room, step, partial(_HostCopy(optimizer).restore, optimizer))
-        finally:
-            hook.remove()
+    def __call__(
+        self, optimizer: Callable[[], torch.optim.Optimizer], step: Callable[..., Any]
+    ) -> Any:
+        """`step()`, which steps what `optimizer()` returns at that time."""
+        failures = 0
+        while True:
+            current = optimizer()
+            if self._optimizer() is not current:
+                self._optimizer = weakref.ref(current)
+                self._stepped.clear()
+            fresh = self._without_state(current)
+            if not fresh:
+                return self._steady(step)
+            # A gradient scaler that finds an infinity leaves the step out: no state is created.
+            hook = current.register_step_post_hook(
+                lambda *_, made=fresh: self._stepped.update(made)
+            )
+            copy = _HostCopy(current)
+            try:
+                return step()
+            except (RuntimeError, MemoryError) as error:
+                facts = oom.caught(error)
+            finally:
+                hook.remove()
+            copy.restore(current)
+            failures += 1
+            self._make_room(facts, failures)
 
     def _without_state(self, optimizer: torch.optim.Optimizer) -> set[int]:
         """Ids of parameters that the coming step may create state for.
@@ -66,7 +84,8 @@ class AtomicStep:
             while True:
                 mutations = retry.mutations
                 try:
-                    return step()
+                    result = step()
+                    break
                 except (RuntimeError, MemoryError) as error:
                     facts = oom.caught(error)
                 if retry.mutations != mutations:
@@ -77,6 +96,9 @@ class AtomicStep:
                     )
                     raise OomguardError(msg)
                 self._make_room(facts, 1)
+        if retry.spilled is not None:
+            self._relieve(retry.spilled)
+        return result
 
 
 class _HostCopy:

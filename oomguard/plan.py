@@ -38,9 +38,13 @@ class Plan:
         sequence_mode: How longer rows are cut, `"windows"` or `"truncate"`. `None`: by the kind of
             loss.
         gradient_checkpointing: Whether activations are recomputed in backward.
+        offload_activations: Whether what checkpointing keeps is held in the host's memory.
         optim: The optimizer, as `TrainingArguments.optim` names it.
-        target_modules: Modules with a trained LoRA adapter. `None`: no LoRA.
+        target_modules: Modules with a trained LoRA adapter, those with the most adapter parameters
+            first. `None`: no LoRA.
         lora_r: The largest LoRA rank. `None`: no LoRA.
+        cache_released_step: The last optimizer step that was tried again for the sole reason that
+            the allocator's cache was large.
     """
 
     per_device_train_batch_size: int
@@ -51,9 +55,11 @@ class Plan:
     max_length: int | None = None
     sequence_mode: str | None = None
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
     optim: str | None = None
     target_modules: tuple[str, ...] | None = None
     lora_r: int | None = None
+    cache_released_step: int | None = None
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -96,7 +102,11 @@ class Plan:
         elif "max_length" in changed:
             changed.pop("max_pass_tokens", None)
         for name, (here, there) in changed.items():
-            if name not in {"micro_batch_size", "sequence_mode"}:
+            if name == "target_modules" and here is not None and there is not None:
+                parts.append(f"adapters of {', '.join(n for n in here if n not in there)} frozen")
+            elif name == "cache_released_step":
+                parts.append("cache released")
+            elif name not in {"micro_batch_size", "sequence_mode"}:
                 parts.append(f"{name} {_text(here)} -> {_text(there)}")
         return ", ".join([*parts, f"effective batch {after.effective_batch_size} unchanged"])
 

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
-from oomguard.ladder import Fidelity
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
+from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

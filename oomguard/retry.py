@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_map_only
 
 from oomguard import oom, rng
+from oomguard.memory import device
 
 T = TypeVar("T")
 MakeRoom = Callable[[oom.OOMFacts, int], None]
@@ -44,6 +45,17 @@ def unwatched() -> Any:
     if all(isinstance(mode, AllocationRetry) for mode in stack):
         return _disable_current_modes()
     return nullcontext()
+
+
+def release_at_most(times: int) -> MakeRoom:
+    """Makes room by releasing cached memory, so often for one operation and then no more."""
+
+    def make_room(facts: oom.OOMFacts, failures: int) -> None:
+        if failures > times:
+            raise torch.OutOfMemoryError(facts.message)
+        device.release_cached()
+
+    return make_room
 
 
 def again(
@@ -73,6 +85,7 @@ class AllocationRetry(TorchDispatchMode):
 
     Attributes:
         mutations: How many operations that change one of their arguments have run.
+        spilled: The failure for which operations were moved to the host; `None` if none was.
     """
 
     def __init__(self, make_room: MakeRoom, *, spill: bool = False) -> None:
@@ -80,7 +93,7 @@ class AllocationRetry(TorchDispatchMode):
         self._make_room = make_room
         self._spill = spill
         self.mutations = 0
-        self._spilled = False
+        self.spilled: oom.OOMFacts | None = None
         self._stopped: BaseException | None = None
         # Keeps the host results alive: their ids tell which later operations must follow them.
         self._on_host: dict[int, torch.Tensor] = {}
@@ -106,8 +119,8 @@ class AllocationRetry(TorchDispatchMode):
                 return result
             put_back_random_state()
             failures += 1
-            if self._spill and (self._spilled or failures > 1):
-                self._spilled = True  # no room for one: not for the next one of this region either
+            if self._spill and (self.spilled or failures > 1):
+                self.spilled = facts  # no room for one: not for the next one of this region either
                 break
             try:
                 self._make_room(facts, failures)
@@ -115,7 +128,7 @@ class AllocationRetry(TorchDispatchMode):
                 if not self._spill:
                     raise
                 # What is under way is finished first, on the host: it must not stay half done.
-                self._stopped, self._spilled = error, True
+                self._stopped, self.spilled = error, facts
                 break
         self.mutations += func._schema.is_mutable
         return self._run_on_host(func, args, kwargs)

@@ -18,10 +18,13 @@ from oomguard.levers.live import Levers, Window
 from oomguard.levers.loss import shares
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
-from oomguard.retry import AllocationRetry
+from oomguard.retry import AllocationRetry, release_at_most
+from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
     from oomguard.descent import Descent
+    from oomguard.plan import Plan
+    from oomguard.rung import RungLike
 
 logger = logging.getLogger("oomguard")
 
@@ -78,6 +81,7 @@ class StepTransaction:
             fetched, num_items = fetch(self.make_room, batches, lambda source: get(source, count))
             self._forget()
             self._window, self._get = Window(fetched, num_items), get
+            self._levers.hold()
             self._cut_window()
         self.phase = "bookkeeping"
         return self._window.batches, self._window.num_items
@@ -145,13 +149,17 @@ class StepTransaction:
 
     def _descend(self, facts: oom.OOMFacts, index: int) -> None:
         event = self._event(facts, index)
-        # What levers allocate themselves is small: the room that one more collection makes must do.
-        with AllocationRetry(_release_once):
-            taken = self._descent.take(event, self._window, index, required=True)
+        taken = self._take(event, index, required=True)
+        with AllocationRetry(release_at_most(1)):
             self._cut_window()
         now = time.perf_counter()
         self._descent.record(event, taken, now - self._began)
         self._began = now
+
+    def _take(self, event: OOMEvent, index: int, **how: Any) -> tuple[RungLike, Plan] | None:
+        # What levers allocate themselves is small: the room that one more collection makes must do.
+        with AllocationRetry(release_at_most(1)):
+            return self._descent.take(event, self._window, index, **how)
 
     def _replay(self, index: int, run_batch: RunBatch) -> torch.Tensor:
         correction: torch.Tensor | None = None
@@ -244,16 +252,22 @@ class StepTransaction:
         began = time.perf_counter()
         device.release_cached()
         event = self._event(facts, max(0, len(self._reported) - 1))
-        taken = self._descent.take(
-            event, self._window, event.micro_batch or 0, required=failures > _FORGIVEN
-        )
+        taken = self._take(event, event.micro_batch or 0, required=failures > _FORGIVEN)
         self._descent.record(event, taken, time.perf_counter() - began)
+
+    def relieve(self, facts: oom.OOMFacts) -> None:
+        """Let the next optimizer step fit: this one had to be finished on the host, slowly."""
+        began = time.perf_counter()
+        event = self._event(facts, max(0, len(self._reported) - 1))
+        taken = self._take(event, event.micro_batch or 0, required=False, at_most=Fidelity.NUMERIC)
+        if taken is not None:
+            self._descent.record(event, taken, time.perf_counter() - began)
 
     def _shape(self) -> Shape | None:
         """The size of the pass that failed; to tell that of a packed one takes a little memory."""
         known = self._pass if self._pass is not None else next(iter(self._window.batches), None)
         try:
-            with AllocationRetry(_release_once):
+            with AllocationRetry(release_at_most(1)):
                 return measure(known)
         except (RuntimeError, MemoryError) as error:
             oom.caught(error)
@@ -272,13 +286,7 @@ class StepTransaction:
             asked_bytes=facts.asked_bytes,
             free_bytes=facts.free_bytes,
             total_bytes=facts.total_bytes,
-            allocated_bytes=allocated,
-            reserved_bytes=reserved,
+            allocated_bytes=facts.allocated_bytes or allocated,
+            reserved_bytes=facts.reserved_bytes or reserved,
             message=facts.message,
         )
-
-
-def _release_once(facts: oom.OOMFacts, failures: int) -> None:
-    if failures > 1:
-        raise torch.OutOfMemoryError(facts.message)
-    device.release_cached()

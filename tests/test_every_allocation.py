@@ -11,7 +11,8 @@ import pytest
 from peft import LoraConfig
 
 import oomguard
-from oomguard.ladder import Fidelity, Ladder
+from oomguard.ladder import Ladder
+from oomguard.rung import Fidelity
 from oomguard.testing import VirtualCard
 from tests import tiny
 from tests.twin import Build, Run, differences, run

@@ -156,6 +156,9 @@ def test_a_guard_reports_what_train_returned(tmp_path: Path) -> None:
     assert guard.report.train_output is output
 
 
+OF_PASSES = Ladder(oomguard.CheckpointActivations(), HalveSequence(), SplitBatch())
+
+
 class Stop(TrainerCallback):
     def __init__(self, after: int) -> None:
         self.after = after
@@ -183,13 +186,15 @@ def test_a_spent_ladder_leaves_the_last_complete_step_and_a_trainer_to_go_on_wit
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        fit(trainer, step, leave, event)
+        fit(trainer, step, leave, event, ladder=OF_PASSES)
     assert isinstance(caught.value, LadderExhaustedError)
     text = str(caught.value)
     sizes = r"\(asked [\d.]+ \w+, free [\d.]+ \w+, of 1024.00 MiB\)"
     assert re.match(f"Out of memory in {phase} of optimizer step {step} {sizes}, and the", text)
-    assert "CheckpointActivations x 1" in text
-    assert "HalveSequence: rows of 48 tokens are not above floor=256" in text
+    words = {"optimizer": "CheckpointActivations: it frees nothing in optimizer"}
+    assert words.get(phase, "CheckpointActivations x 1") in text
+    halve = {"optimizer": "HalveSequence: it frees nothing in optimizer"}
+    assert halve.get(phase, "HalveSequence: rows of 48 tokens are not above floor=256") in text
     assert f"those after step {step - 1}. What to change: (a) allow shorter rows" in text
     assert largest_difference(weights(trainer), weights(stopped)) < 1e-7
     assert phase == "optimizer" or not any(p.grad is not None for p in trainer.model.parameters())
@@ -288,10 +293,12 @@ def test_a_rung_that_changes_the_effective_batch_is_refused_with_both_sizes(tmp_
 
 class Wishful(oomguard.Rung):
     def __call__(self, plan: Plan, event: OOMEvent) -> Plan | None:
-        return replace(plan, lora_r=2)
+        return replace(plan, world_size=2, gradient_accumulation_steps=1)
 
 
 def test_a_rung_that_no_lever_can_obey_is_left_out_by_name(tmp_path: Path) -> None:
-    words = r"Taken so far: no rung\. Left out: Wishful: no lever changes lora_r of a live trainer"
+    words = (
+        "Taken so far: no rung. Left out: Wishful: no lever changes gradient_accumulation_steps, "
+    )
     with pytest.raises(LadderExhaustedError, match=words):
         fit(make(tmp_path), ladder=Ladder(Wishful()))

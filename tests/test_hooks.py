@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -26,8 +27,9 @@ from trl import SFTTrainer
 
 import oomguard
 from oomguard.hooks import GuardedTrainer
-from oomguard.ladder import CheckpointActivations, Ladder, SplitBatch
+from oomguard.ladder import Ladder
 from oomguard.levers.metrics import _LOOP_OWNS
+from oomguard.rungs import CheckpointActivations, SplitBatch
 from oomguard.testing import VirtualCard
 from tests.kinds import HALF, RECOMPUTED, Neighbour, fit, is_left_alone, make, sft
 from tests.tiny import largest_difference, weights
@@ -157,6 +159,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
+    "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},
     "_prepare_inputs": lambda: (
         list(inspect.signature(Trainer._prepare_inputs).parameters)[1:] == ["inputs"]
     ),
@@ -217,6 +220,10 @@ UPSTREAM: dict[str, tuple[Any, str]] = {
     "activations.refusal": (PreTrainedModel, "supports_gradient_checkpointing"),
     "activations.is_checkpointing": (GradientCheckpointingLayer, "gradient_checkpointing"),
     "activations.base_model": (peft.PeftModel, "get_base_model"),
+    "activations.refuses_offload": (PreTrainedModel, "activation_checkpointing_enable"),
+    "optimizer.convert": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_pre_hooks"),
+    "optimizer.convert, too": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_post_hooks"),
+    "paging.own": (bitsandbytes.functional.GlobalPageManager.get_instance(), "paged_tensors"),
 }
 
 

@@ -11,18 +11,10 @@ from hypothesis import strategies as st
 
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
-from oomguard.ladder import (
-    CheckpointActivations,
-    Fidelity,
-    HalveSequence,
-    Ladder,
-    Rung,
-    SplitBatch,
-    rung_fidelity,
-    rung_name,
-    rung_spent,
-)
+from oomguard.ladder import Ladder
 from oomguard.plan import Plan
+from oomguard.rung import Fidelity, Rung, rung_fidelity, rung_name, rung_spent
+from oomguard.rungs import CheckpointActivations, HalveSequence, SplitBatch
 
 COUNTS = st.integers(1, 64)
 WIDTHS = st.integers(1, 8192)
@@ -267,11 +259,24 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
         Ladder.of("exact")
 
 
+LATER = ["PageOptimizer8bit", "NarrowTargets", "LowerRank"]
+
+
 @pytest.mark.parametrize(
     ("preset", "names"),
     [
-        ("default", ["CheckpointActivations", "HalveSequence", "SplitBatch"]),
-        ("exact_first", ["CheckpointActivations", "SplitBatch", "HalveSequence"]),
+        ("default", ["CheckpointActivations", "HalveSequence", "SplitBatch", *LATER]),
+        (
+            "exact_first",
+            [
+                "CheckpointActivations",
+                "SplitBatch",
+                "PageOptimizer8bit",
+                "HalveSequence",
+                "NarrowTargets",
+                "LowerRank",
+            ],
+        ),
     ],
 )
 def test_a_preset_has_its_documented_order(preset: str, names: list[str]) -> None:

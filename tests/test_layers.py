@@ -16,6 +16,8 @@ LAYERS = (
     "errors",
     "plan",
     "event",
+    "rung",
+    "rungs",
     "ladder",
     "memory",
     "rng",

@@ -51,7 +51,7 @@ def train_scaled(
     weights = [Parameter(torch.randn(24, 16)) for _ in range(3)]
     optimizer = make([{"params": weights[:2]}, {"params": weights[2:]}])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    atomic_step = AtomicStep(make_room)
+    atomic_step = AtomicStep(make_room, lambda _: None)
 
     def step() -> None:
         scaler.step(optimizer)
@@ -66,9 +66,9 @@ def train_scaled(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         if index == at:
             with card:
-                atomic_step(optimizer, step)
+                atomic_step(lambda: optimizer, step)
         else:
-            atomic_step(optimizer, step)
+            atomic_step(lambda: optimizer, step)
     return Trained(weights, optimizer, card), scaler
 
 

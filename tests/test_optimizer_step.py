@@ -117,15 +117,15 @@ def train(
     sets = [weights[:1], weights[1:2], weights[2:]] if groups == 3 else [weights[:2], weights[2:]]
     sets = [weights] if groups == 1 else sets
     optimizer = make([{"params": part} for part in sets])
-    atomic_step = AtomicStep(forgive)
+    atomic_step = AtomicStep(forgive, lambda _: None)
     for index in range(at + 2 if steps is None else steps):
         for p in weights:
             p.grad = torch.sin(p.detach() * (index + 1))
         if index == at:
             with card:
-                atomic_step(optimizer, optimizer.step)
+                atomic_step(lambda: optimizer, optimizer.step)
         else:
-            atomic_step(optimizer, optimizer.step)
+            atomic_step(lambda: optimizer, optimizer.step)
     return Trained(weights, optimizer, card)
 
 
@@ -178,9 +178,9 @@ def test_a_first_step_that_cannot_be_made_has_not_been_begun(name: str) -> None:
         tried = twin(OPTIMIZERS[name], 2, at=0, steps=0)
         for p in tried.weights:
             p.grad = torch.sin(p.detach())
-        atomic_step = AtomicStep(give_up)
+        atomic_step = AtomicStep(give_up, lambda _: None)
         with pytest.raises(LadderExhaustedError), VirtualCard(fail_at=range(k, 10**4)):
-            atomic_step(tried.optimizer, tried.optimizer.step)
+            atomic_step(partial(getattr, tried, "optimizer"), tried.optimizer.step)
         assert_equal(tried.content(), before.content())
 
 
@@ -194,12 +194,12 @@ def test_what_a_step_changes_besides_weights_and_moments_is_put_back_too() -> No
 def test_a_weight_that_is_trained_later_than_the_others_gets_its_state_safely() -> None:
     def later(make: MakeOptimizer, card: VirtualCard) -> Trained:
         trained = train(make, 2, VirtualCard(fail_at=10**9), at=0, steps=0)
-        atomic_step = AtomicStep(forgive)
+        atomic_step = AtomicStep(forgive, lambda _: None)
         for index in range(3):
             for p in trained.weights[: 2 + (index > 0)]:
                 p.grad = torch.sin(p.detach() * (index + 1))
             with card if index == 1 else VirtualCard(fail_at=10**9):
-                atomic_step(trained.optimizer, trained.optimizer.step)
+                atomic_step(lambda: trained.optimizer, trained.optimizer.step)
         return Trained(trained.weights, trained.optimizer, card)
 
     for make in OPTIMIZERS["adamw foreach"], OPTIMIZERS["adafactor"], Unusual:

@@ -18,9 +18,10 @@ from transformers.trainer_utils import TrainOutput
 
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
-from oomguard.ladder import CheckpointActivations, Fidelity, HalveSequence, Rung, SplitBatch
 from oomguard.plan import Plan
 from oomguard.report import SCHEMA, Recovery, Report, installed_versions
+from oomguard.rung import Fidelity, Rung
+from oomguard.rungs import CheckpointActivations, HalveSequence, SplitBatch
 
 if TYPE_CHECKING:
     from pathlib import Path

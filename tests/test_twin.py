@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from datasets import Dataset
 
-from oomguard.ladder import CheckpointActivations, Ladder, SplitBatch
+from oomguard.ladder import Ladder
+from oomguard.rungs import CheckpointActivations, SplitBatch
 from oomguard.testing import VirtualCard
 from tests import tiny
 from tests.twin import (
@@ -65,7 +66,8 @@ def test_without_an_error_the_guard_changes_nothing(model: str) -> None:
 def test_one_oom_leaves_the_training_the_same(model: str, place: str, rung: str) -> None:
     ladder, allowed = RUNGS[rung]
     recovered = run(MODELS[model], ladder, PLACES[place])
-    assert recovered.rungs == [rung]
+    relieves = not any(phase == "optimizer" for phase, _ in PLACES[place])
+    assert recovered.rungs == [rung if relieves else None]
     assert_same(recovered, twin(MODELS[model]), allowed)
 
 
@@ -82,7 +84,8 @@ SEVERAL: dict[str, Faults] = {
 def test_several_ooms_leave_the_training_the_same(places: str) -> None:
     recovered = run(LORA, BOTH, SEVERAL[places])
     assert len(recovered.recoveries) == len(SEVERAL[places])
-    assert recovered.rungs[:2] == ["CheckpointActivations", "SplitBatch"]
+    assert recovered.rungs[0] == "CheckpointActivations"
+    assert "optimizer" in places or recovered.rungs[1] == "SplitBatch"
     assert_same(recovered, twin(LORA), CLOSE)
 
 

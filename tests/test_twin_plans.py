@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from oomguard.ladder import CheckpointActivations, HalveSequence, Ladder, SplitBatch
+from oomguard.ladder import Ladder
+from oomguard.rungs import CheckpointActivations, HalveSequence, SplitBatch
 from tests import tiny
 from tests.twin import (
     CHECKPOINT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -40,12 +41,26 @@ def refusal(trainer: Any) -> str | None:
     return None
 
 
-def enable(trainer: Any) -> None:
+def is_offloading(trainer: Any) -> bool:
+    """Whether what checkpointing keeps goes to the host, or will once training begins."""
+    return bool(_kwargs(trainer).get("offload", False))
+
+
+def refuses_offload(trainer: Any) -> str | None:
+    """Why what checkpointing keeps cannot go to the host, or `None`."""
+    model = base_model(trainer)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None or "offload" not in inspect.signature(enable).parameters:
+        return f"{type(model).__name__} cannot offload checkpoints in this transformers version"
+    return refusal(trainer)
+
+
+def enable(trainer: Any, *, offload: bool = False) -> None:
     """Checkpoint every layer, with the keyword arguments that the user's `args` hold."""
     model: Any = base_model(trainer)
     kwargs = _kwargs(trainer)
     kwargs.pop("every_n_layers", None)
-    offload = kwargs.pop("offload", False)
+    offload = kwargs.pop("offload", False) or offload
     kwargs = kwargs or {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(kwargs, offload=offload)

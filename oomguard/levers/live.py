@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -11,11 +11,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from oomguard import oom
-from oomguard.levers import activations, loss
+from oomguard.levers import activations, adapter, loss, optimizer, rank
 from oomguard.levers.batch import CannotActError
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
 from oomguard.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Their labels stand on the tokens themselves, so a window's first label would be a lost target.
 _UNSHIFTED = {
@@ -40,31 +43,22 @@ class Window:
 def read_plan(trainer: Any) -> Plan:
     """The plan that `trainer` follows now."""
     args = trainer.args
-    configs = getattr(trainer.model, "peft_config", None) or {}
-    config = configs.get(getattr(trainer.model, "active_adapter", "default"))
-    targets = getattr(config, "target_modules", None)
-    if isinstance(targets, str):
-        targets = [targets]
     return Plan(
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         world_size=args.world_size,
         max_length=getattr(args, "max_length", None),
         gradient_checkpointing=activations.is_checkpointing(trainer),
+        offload_activations=activations.is_offloading(trainer),
         optim=optim_name(args),
-        target_modules=None if targets is None else tuple(sorted(targets)),
-        lora_r=_largest_rank(config),
+        target_modules=adapter.targets(trainer),
+        lora_r=adapter.largest_rank(trainer),
     )
 
 
 def optim_name(args: Any) -> str:
     """`TrainingArguments.optim` as users write it."""
     return str(getattr(args.optim, "value", args.optim))
-
-
-def _largest_rank(config: Any) -> int | None:
-    rank = getattr(config, "r", None)
-    return None if rank is None else max(rank, *(config.rank_pattern or {"": rank}).values())
 
 
 class Levers:
@@ -75,6 +69,7 @@ class Levers:
         self._trainer = trainer
         self._compute_loss = compute_loss
         self.split_loss: loss.SplitLoss | None = None
+        self._frozen: list[Any] = []
 
     def refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
         """Why the trainer cannot go from `before` to `after`, or `None`.
@@ -94,31 +89,33 @@ class Levers:
         return "memory ran out while finding out whether it can act"
 
     def _refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
-        changed = before.changes(after)
-        obeyed = {"gradient_checkpointing", "max_pass_tokens", "max_length"}
-        if "max_pass_tokens" in changed:
-            obeyed.add("micro_batch_size")  # the same limit in rows, for people
-        if "max_length" in changed:
-            obeyed.add("sequence_mode")
-        unknown = set(changed) - obeyed
+        changed = set(before.changes(after))
+        unknown = changed - _OBEYED.keys() - _IMPLIED.keys()
+        unknown |= {name for name, by in _IMPLIED.items() if name in changed and by not in changed}
         if unknown:
             return f"no lever changes {', '.join(sorted(unknown))} of a live trainer"
-        if "gradient_checkpointing" in changed:
-            reason = activations.refusal(self._trainer)
+        for name, question in _OBEYED.items():
+            reason = question(self, after, window, index) if name in changed else None
             if reason is not None:
                 return reason
-        if "max_length" in changed:
-            return self._refuses_length(after, window, index)
-        if "max_pass_tokens" in changed:
-            if not window.batches:
-                return "no batch has been seen yet"
-            return self.refuses_split(window.batches[index], window.num_items)
         return None
 
     def apply(self, before: Plan, after: Plan) -> None:
         """Make the trainer obey `after`; limits of passes and rows are read from the plan."""
-        if after.gradient_checkpointing and not before.gradient_checkpointing:
-            activations.enable(self._trainer)
+        changed, trainer = before.changes(after), self._trainer
+        if "gradient_checkpointing" in changed or "offload_activations" in changed:
+            activations.enable(trainer, offload=after.offload_activations)
+        if "optim" in changed:
+            optimizer.convert(trainer)
+        if "target_modules" in changed:
+            self._frozen += adapter.freeze(trainer, after.target_modules or ())
+        if "lora_r" in changed and after.lora_r is not None:
+            rank.lower(trainer, after.lora_r)
+
+    def hold(self) -> None:
+        """Keep frozen what was frozen: PEFT unfreezes adapters that are switched off and on."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def shorten(self, batch: Any, plan: Plan) -> Any:
         """`batch` with no row longer than `plan.max_length`."""
@@ -132,6 +129,11 @@ class Levers:
         tokenizer = getattr(processing, "tokenizer", processing)
         pad = getattr(tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
+
+    def _refuses_passes(self, after: Plan, window: Window, index: int) -> str | None:
+        if not window.batches:
+            return "no batch has been seen yet"
+        return self.refuses_split(window.batches[index], window.num_items)
 
     def _refuses_length(self, after: Plan, window: Window, index: int) -> str | None:
         model: Any = activations.base_model(self._trainer)
@@ -163,3 +165,28 @@ class Levers:
         except CannotActError as error:
             return str(error)
         return reason
+
+
+def _ask(question: Callable[..., str | None], *settings: str) -> Callable[..., str | None]:
+    """A question that depends on the trainer and the named settings of the coming plan."""
+
+    def ask(levers: Levers, after: Plan, window: Window, index: int) -> str | None:
+        return question(levers._trainer, *(getattr(after, name) for name in settings))
+
+    return ask
+
+
+# Settings that levers change, each with the question whether it can be; the first "no" counts.
+# Rows are shortened before they are split, hence the order.
+_OBEYED: dict[str, Callable[[Levers, Plan, Window, int], str | None]] = {
+    "gradient_checkpointing": _ask(activations.refusal),
+    "offload_activations": _ask(activations.refuses_offload),
+    "optim": _ask(optimizer.refusal, "optim"),
+    "target_modules": _ask(adapter.refusal, "target_modules"),
+    "lora_r": _ask(rank.refusal, "lora_r"),
+    "max_length": Levers._refuses_length,
+    "max_pass_tokens": Levers._refuses_passes,
+    "cache_released_step": lambda *_: None,
+}
+# What changes along with another setting: the same limit in rows, the way rows are cut.
+_IMPLIED = {"micro_batch_size": "max_pass_tokens", "sequence_mode": "max_length"}

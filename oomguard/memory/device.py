@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 
 import torch
@@ -32,3 +33,10 @@ def set_rng_states(states: list[torch.Tensor]) -> None:
     """Put back what `get_rng_states` returned."""
     if states:
         torch.cuda.set_rng_state_all(states)
+
+
+def free_managed(pointer: int) -> None:
+    """Free what `cudaMallocManaged` returned; PyTorch has no call for that."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    runtime = ctypes.CDLL(f"libcudart.so.{major}")  # PyTorch has loaded it
+    runtime.cudaFree(ctypes.c_void_p(pointer))

@@ -1,0 +1,41 @@
+"""Memory that bitsandbytes pages between device and host: given back when nobody uses it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from oomguard.memory import device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """Free a paged tensor with its last reference; any other tensor is left alone.
+
+    bitsandbytes keeps every paged tensor in a list that nothing is ever taken from, and never frees
+    the memory behind it.
+    """
+    if getattr(tensor, "is_paged", False):
+        from bitsandbytes.functional import GlobalPageManager
+
+        kept = GlobalPageManager.get_instance().paged_tensors
+        kept[:] = [other for other in kept if other is not tensor]
+        free = weakref.finalize(tensor.untyped_storage(), device.free_managed, tensor.data_ptr())
+        free.atexit = False
+    return tensor
+
+
+def own_all(optimizer: Any) -> None:
+    """`own` every paged tensor of an optimizer that somebody else has made."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if getattr(value, "is_paged", False) and _is_kept(value):
+                own(value)
+
+
+def _is_kept(tensor: Tensor) -> bool:
+    from bitsandbytes.functional import GlobalPageManager
+
+    return any(other is tensor for other in GlobalPageManager.get_instance().paged_tensors)
