@@ -152,6 +152,14 @@ def product(a: Any) -> torch.Tensor:
     return result
 
 
+def test_the_users_own_config_stays_what_it_was(tmp_path: Path) -> None:
+    lora = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = tiny.sft_trainer(tmp_path, lora=lora)
+    rank.lower(trainer, 4)
+    model: Any = trainer.model
+    assert (lora.r, model.peft_config["default"].r) == (8, 4)
+
+
 def test_an_adapter_that_has_not_learned_keeps_rows_of_a(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.create_optimizer()

@@ -197,7 +197,7 @@ def _moments(trainer: Trainer) -> dict[str, torch.Tensor]:
     optimizer: Any = trainer.optimizer
     return {
         f"{index}.{key}": value.detach().clone().float()
-        for index, state in optimizer.state_dict()["state"].items()
+        for index, (_, state) in enumerate(optimizer.state.items())
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
     }

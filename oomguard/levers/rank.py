@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import Counter
@@ -186,7 +187,8 @@ def _null_space(b: Tensor) -> Tensor:
 def rewrite_config(trainer: Any, key: str) -> None:
     """Make the adapter's config build exactly the shapes and scalings that its layers have."""
     model = peft_model(trainer)
-    config = model.peft_config[key]
+    # A copy: the object belongs to the user, who may build another model with it.
+    config = model.peft_config[key] = copy.deepcopy(model.peft_config[key])
     layers = {
         path.removeprefix("base_model.model."): module
         for path, module in model.named_modules()
