@@ -6,7 +6,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from oomguard import oom
+from oomguard.checkpoint import Reached
 from oomguard.errors import ConfigurationError, LadderExhaustedError
+from oomguard.levers.loss import SplitLoss
 from oomguard.memory.size import format_bytes
 from oomguard.report import Recovery, Report
 from oomguard.rung import (
@@ -82,6 +84,36 @@ class Descent:
             raise LadderExhaustedError(self._exhausted(event)) from None
         self.plan = self._report.plan = after
         return rung, before
+
+    def go_on(self, reached: Reached, source: str) -> None:
+        """Begin on the plan that an earlier run had reached.
+
+        Raises:
+            ConfigurationError: The trainer cannot follow it.
+        """
+        plan = reached.over(self.plan)
+        reason = _raised_limit(self.plan, plan) or self._levers.refuses_start(self.plan, plan)
+        if reason is None and reached.plan.lora_r != plan.lora_r:
+            reason = f"lora_r is {self.plan.lora_r} here and was {reached.plan.lora_r} there"
+        if reason is not None:
+            msg = (
+                f"The training cannot go on with the plan of {source}: {reason}. Build the trainer "
+                "as the script of that run did."
+            )
+            raise ConfigurationError(msg)
+        if plan != self.plan:
+            logger.info("going on with the plan of %s: %s", source, self.plan.describe_change(plan))
+            self._levers.apply(self.plan, plan)
+        self.plan = self._report.plan = plan
+        self._report.recoveries[:0] = reached.recoveries
+        if reached.loss_form is not None:
+            self._levers.split_loss = SplitLoss(reached.loss_form)
+
+    def reached(self) -> Reached:
+        """What a later run needs to go on from here."""
+        split_loss, report = self._levers.split_loss, self._report
+        form = None if split_loss is None else split_loss.form
+        return Reached(report.initial_plan, report.plan, tuple(report.recoveries), form)
 
     def record(
         self, event: OOMEvent, taken: tuple[RungLike, Plan] | None, seconds_lost: float

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
 from transformers import Trainer
 
 from oomguard import hooks
+from oomguard.checkpoint import OomguardState, Reached, read
 from oomguard.descent import Descent
-from oomguard.errors import UnsupportedTrainerError
+from oomguard.errors import ConfigurationError, UnsupportedTrainerError
 from oomguard.ladder import Ladder
 from oomguard.levers.live import Levers, optim_name, read_plan
+from oomguard.plan import Plan
 from oomguard.report import Report, Status
 from oomguard.rung import rung_name
 from oomguard.step import StepTransaction
@@ -27,7 +29,13 @@ logger = logging.getLogger("oomguard")
 REPORT_NAME = "oomguard.json"
 
 
-def fit(trainer: Trainer, *, ladder: Ladder | str = "default", **train_arguments: Any) -> Report:
+def fit(
+    trainer: Trainer,
+    *,
+    ladder: Ladder | str = "default",
+    plan: Plan | Literal["last"] | None = None,
+    **train_arguments: Any,
+) -> Report:
     """Call `trainer.train()` and finish it although CUDA runs out of memory.
 
     Every out-of-memory error takes the next rung of `ladder`; the optimizer step that failed is
@@ -36,6 +44,9 @@ def fit(trainer: Trainer, *, ladder: Ladder | str = "default", **train_arguments
     Args:
         trainer: A `transformers.Trainer`, `Seq2SeqTrainer` or TRL `SFTTrainer`, single process.
         ladder: `"default"`, `"exact_first"`, or a `Ladder` of rungs.
+        plan: What a new run begins with instead of the trainer's own settings: `"last"` for the
+            plan that an earlier run in the same `args.output_dir` had ended with. A resumed run
+            goes on with the plan in its checkpoint by itself.
         **train_arguments: Passed to `trainer.train`, for example `resume_from_checkpoint=True`.
 
     Returns:
@@ -46,7 +57,7 @@ def fit(trainer: Trainer, *, ladder: Ladder | str = "default", **train_arguments
         ConfigurationError: The ladder cannot work.
         LadderExhaustedError: Memory ran out and no rung was left.
     """
-    with Guard(trainer, ladder=ladder) as guard:
+    with Guard(trainer, ladder=ladder, plan=plan) as guard:
         trainer.train(**train_arguments)
     return guard.report
 
@@ -59,28 +70,68 @@ class Guard:
             also when training fails.
     """
 
-    def __init__(self, trainer: Trainer, *, ladder: Ladder | str = "default") -> None:
-        """Check trainer and ladder; nothing is changed before the block is entered.
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        ladder: Ladder | str = "default",
+        plan: Plan | Literal["last"] | None = None,
+    ) -> None:
+        """Check what is given, as in `fit`; nothing is changed before the block is entered.
 
         Raises:
             UnsupportedTrainerError: A setting of the trainer rules out an exact recovery.
-            ConfigurationError: The ladder cannot work.
+            ConfigurationError: The ladder or the plan cannot work.
         """
         check(trainer)
         self._trainer: Any = trainer
         self._ladder = Ladder.of(ladder)
-        plan = read_plan(trainer)
+        own = read_plan(trainer)
         names = tuple(rung_name(rung) for rung in self._ladder)
-        self.report = Report(initial_plan=plan, plan=plan, ladder=names)
+        self.report = Report(initial_plan=own, plan=own, ladder=names)
+        self._start = None if plan is None else self._reached(plan)
+
+    def _reached(self, plan: Plan | Literal["last"]) -> Reached:
+        if isinstance(plan, Plan):
+            return Reached(self.report.plan, plan)
+        if plan != "last":
+            msg = f"plan={plan!r}: give a Plan, 'last' or None."
+            raise ConfigurationError(msg)
+        last = Report.load(Path(self._trainer.args.output_dir) / REPORT_NAME)
+        return Reached(last.initial_plan, last.plan)
 
     def __enter__(self) -> Self:
         """Put the guard in front of the trainer's class."""
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
-        descent = Descent(self._ladder, levers, self.report)
-        self._hooks = hooks.install(self._trainer, StepTransaction(self._trainer, levers, descent))
+        self._descent = Descent(self._ladder, levers, self.report)
+        transaction = StepTransaction(self._trainer, levers, self._descent)
+        course = hooks.Course(self._begin, self._resume)
+        self._hooks = hooks.install(self._trainer, transaction, course)
+        self._state = OomguardState.of(self._descent.reached)
+        self._trainer.add_callback(self._state)
         self._began = time.perf_counter()
         return self
+
+    def _begin(self, resumed: bool) -> None:
+        if self._start is None:
+            return
+        if resumed:
+            msg = (
+                "plan and resume_from_checkpoint contradict each other: a resumed run goes on with "
+                "the plan of its checkpoint. Leave plan out."
+            )
+            raise ConfigurationError(msg)
+        if self._trainer.model_init is not None:
+            msg = "plan cannot be applied to a trainer with model_init; give it a model."
+            raise ConfigurationError(msg)
+        start, self._start = self._start, None
+        self._descent.go_on(start, "plan=")
+
+    def _resume(self, checkpoint: Path) -> None:
+        reached = read(checkpoint)
+        if reached is not None:
+            self._descent.go_on(reached, checkpoint.name)
 
     def __exit__(
         self,
@@ -90,9 +141,10 @@ class Guard:
     ) -> None:
         """Give the trainer its class back; write and show the report."""
         hooks.uninstall(self._trainer)
+        self._trainer.remove_callback(self._state)
         self.report.seconds = time.perf_counter() - self._began
         self.report.train_output = self._hooks.train_output
-        del self._hooks  # it holds the last batches
+        del self._hooks, self._descent  # they hold the last batches
         self.report.status = _status(error)
         self.report.error = None if error is None else f"{type(error).__name__}: {error}"
         if not self._trainer.is_world_process_zero():

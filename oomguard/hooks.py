@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import Trainer
 
 from oomguard.feed import Feed
 from oomguard.levers.adapter import inner_optimizer
+from oomguard.levers.paging import page_again
 from oomguard.optimizer_step import AtomicStep
 from oomguard.retry import AllocationRetry, RetriedScalar
 
@@ -21,12 +24,26 @@ if TYPE_CHECKING:
     from oomguard.step import StepTransaction
 
 
+@dataclass(frozen=True)
+class Course:
+    """On which plan a training begins.
+
+    Attributes:
+        start: Called before it; with whether it resumes.
+        resume: Called with the folder of the checkpoint, before that is loaded.
+    """
+
+    start: Callable[[bool], None]
+    resume: Callable[[Path], None]
+
+
 class Hooks:
     """What the intercepted methods work with, and what they have put on other objects."""
 
-    def __init__(self, trainer: Any, transaction: StepTransaction) -> None:
-        """Take the trainer and the transaction that its steps run in."""
+    def __init__(self, trainer: Any, transaction: StepTransaction, course: Course) -> None:
+        """Take the trainer, the transaction that its steps run in, and where a run begins."""
         self.transaction = transaction
+        self.course = course
         self.feed = Feed(transaction.make_room)
         self.atomic_step = AtomicStep(transaction.make_room, transaction.relieve)
         self.setup = ExitStack()
@@ -46,6 +63,7 @@ class Hooks:
         if epoch_iterator is not self._source:
             self._source = epoch_iterator
             self._batches = self.feed.iterate(epoch_iterator)
+            page_again(inner_optimizer(self._trainer))
             self._intercept(self._trainer.accelerator, "clip_grad_norm_", self._clip)
             self._intercept(self._trainer.optimizer, "step", self._step)
         return self._batches
@@ -105,14 +123,27 @@ class GuardedTrainer(Trainer):
 
     _oomguard: Hooks
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; what happens before the first step is protected operation by operation."""
         hooks = self._oomguard
         hooks.transaction.phase = "setup"
+        hooks.course.start(bool(resume_from_checkpoint))
         with hooks.setup:
             hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
-            hooks.train_output = super().train(*args, **kwargs)
+            hooks.train_output = super().train(resume_from_checkpoint, *args, **kwargs)
             return hooks.train_output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> Any:
+        """Load weights into the shapes that they were saved in."""
+        self._oomguard.course.resume(Path(resume_from_checkpoint))
+        mine: Any = self.model
+        dtypes = {name: p.dtype for name, p in mine.named_parameters()}
+        result = super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, p in mine.named_parameters():
+            # PEFT loads adapters in 16 bits as float32 ones, which train otherwise.
+            if p.dtype != dtypes.get(name, p.dtype):
+                p.data = p.data.to(dtypes[name])
+        return result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; `eval_on_start` does so before the first step."""
@@ -181,12 +212,12 @@ INTERCEPTED = tuple(name for name, value in vars(GuardedTrainer).items() if call
 """Names that a trainer object must not have itself: they would stand in front of its class."""
 
 
-def install(trainer: Any, transaction: StepTransaction) -> Hooks:
+def install(trainer: Any, transaction: StepTransaction, course: Course) -> Hooks:
     """Put `GuardedTrainer` in front of the trainer's class."""
     own = type(trainer)
     guarded = type(own.__name__, (GuardedTrainer, own), {"__doc__": own.__doc__})
     guarded.__module__, guarded.__qualname__ = own.__module__, own.__qualname__
-    trainer._oomguard = hooks = Hooks(trainer, transaction)
+    trainer._oomguard = hooks = Hooks(trainer, transaction, course)
     trainer.__class__ = guarded
     return hooks
 

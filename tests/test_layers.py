@@ -27,6 +27,7 @@ LAYERS = (
     "optimizer_step",
     "levers",
     "report",
+    "checkpoint",
     "descent",
     "step",
     "hooks",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache, partial
-from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,12 @@ from oomguard.ladder import Ladder
 from oomguard.levers.live import Levers, read_plan
 from oomguard.testing import VirtualCard
 from tests import tiny
+from tests.kinds import fit
 from tests.twin import Build, Faults, Run, assert_same, run, sft, twin
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import Trainer
 
     from oomguard import Rung
@@ -47,7 +49,7 @@ def saved_model() -> str:
 
 
 def lora(folder: Path, **changes: Any) -> Trainer:
-    return sft(folder, model=tiny.llama(**SIZES), lora=ADAPTERS, max_steps=4, **changes)
+    return sft(folder, model=tiny.llama(**SIZES), lora=ADAPTERS, **{"max_steps": 4, **changes})
 
 
 def full(folder: Path, **changes: Any) -> Trainer:
@@ -169,17 +171,8 @@ def run_until(build: Build, ladder: Ladder, failures: int) -> Run:
 
 def test_a_spent_ladder_names_all_that_was_taken(tmp_path: Path) -> None:
     trainer = lora(tmp_path)
-    with pytest.raises(oomguard.LadderExhaustedError) as caught, VirtualCard("1GiB") as card:
-        card.track(trainer.model)
-
-        class Full(TrainerCallback):
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == 1:
-                    left = 2**30 - card.live_bytes - 60_000
-                    self.held = torch.empty(left, dtype=torch.uint8)
-
-        trainer.add_callback(Full())
-        oomguard.fit(trainer)
+    with pytest.raises(oomguard.LadderExhaustedError) as caught:
+        fit(trainer, 2, 60_000)
     text = str(caught.value)
     assert (
         "CheckpointActivations x 1, PageOptimizer8bit x 1, NarrowTargets x 5, LowerRank x 1" in text

@@ -100,6 +100,14 @@ class Levers:
                 return reason
         return None
 
+    def refuses_start(self, before: Plan, after: Plan) -> str | None:
+        """Why training cannot begin with `after`; limits are tried on the batches themselves."""
+        changed = set(before.changes(after)) - _IMPLIED.keys() - _OF_BATCHES
+        if changed - _OBEYED.keys():
+            return f"no lever changes {', '.join(sorted(changed - _OBEYED.keys()))}"
+        reasons = (_OBEYED[name](self, after, Window([]), 0) for name in sorted(changed))
+        return next((reason for reason in reasons if reason is not None), None)
+
     def apply(self, before: Plan, after: Plan) -> None:
         """Make the trainer obey `after`; limits of passes and rows are read from the plan."""
         changed, trainer = before.changes(after), self._trainer
@@ -190,3 +198,4 @@ _OBEYED: dict[str, Callable[[Levers, Plan, Window, int], str | None]] = {
 }
 # What changes along with another setting: the same limit in rows, the way rows are cut.
 _IMPLIED = {"micro_batch_size": "max_pass_tokens", "sequence_mode": "max_length"}
+_OF_BATCHES = {"max_length", "max_pass_tokens"}

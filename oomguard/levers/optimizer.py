@@ -23,6 +23,14 @@ logger = logging.getLogger("oomguard")
 PAGED_8BIT = "paged_adamw_8bit"
 
 _UNPAGED_8BIT = "adamw_8bit"
+_ADAMW = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "paged_adamw",
+    "paged_adamw_32bit",
+    "adamw_bnb_8bit",
+    _UNPAGED_8BIT,
+)
 _KEPT = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 _TORCH = (torch.optim.Adam, torch.optim.AdamW)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,10 +44,11 @@ def refusal(trainer: Any, optim: str | None) -> str | None:
         return f"no optimizer is turned into {optim}"
     old = inner_optimizer(trainer)
     name = type(old).__name__
-    if old is None:
-        return "there is no optimizer yet"
     if find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
+    if old is None:
+        chosen = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+        return None if chosen in _ADAMW else f"optim={chosen!r} is not an AdamW"
     if moments.is_bitsandbytes(old):
         reason = _refuses_bitsandbytes(old)
     elif type(old) in _TORCH:
@@ -81,9 +90,12 @@ def convert(trainer: Any) -> None:
     Learning rates, decay, step counts and parameter groups stay, and so does accelerate's wrapper,
     which scheduler and callbacks hold. One parameter after another gives its old moments away for
     its new ones, so that at most one of them has both. Weights of embeddings keep 32 bits, as the
-    Trainer decides for its own 8-bit optimizers.
+    Trainer decides for its own 8-bit optimizers. Before there is an optimizer its name is set.
     """
     old = inner_optimizer(trainer)
+    if old is None:
+        trainer.args.optim = _name(paged=trainer.args.device.type == "cuda")
+        return
     new = _build(old)
     _keep_embeddings(trainer, new)
     if moments.is_bitsandbytes(old):
@@ -98,21 +110,24 @@ def convert(trainer: Any) -> None:
     paging.own_all(new)
     _install(trainer, old, new)
     # A resumed or second training builds the optimizer by this name.
-    trainer.args.optim = OptimizerNames(PAGED_8BIT if new.is_paged else _UNPAGED_8BIT)
+    trainer.args.optim = _name(paged=new.is_paged)
+
+
+def _name(*, paged: bool) -> OptimizerNames:
+    if not paged:
+        logger.info("Without CUDA bitsandbytes pages nothing: the optimizer has 8 bits only.")
+    return OptimizerNames(PAGED_8BIT if paged else _UNPAGED_8BIT)
 
 
 def _build(old: Any) -> Any:
     from bitsandbytes.optim.adamw import AdamW
 
-    paged = _on_device(old)
-    if not paged:
-        logger.info("Without CUDA bitsandbytes pages nothing: the optimizer has 8 bits only.")
     groups = [
         {"params": list(group["params"]), **{k: _plain(group[k]) for k in _KEPT if k in group}}
         for group in old.param_groups
     ]
     defaults = {key: _plain(old.defaults[key]) for key in ("lr", "betas", "eps", "weight_decay")}
-    new: Any = AdamW(groups, **defaults, optim_bits=8, is_paged=paged)
+    new: Any = AdamW(groups, **defaults, optim_bits=8, is_paged=_on_device(old))
     new.initialized = True  # overrides are set here, and all state is where it belongs
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         getattr(new, hooks).update(getattr(old, hooks))

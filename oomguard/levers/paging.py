@@ -35,6 +35,19 @@ def own_all(optimizer: Any) -> None:
                 own(value)
 
 
+def page_again(optimizer: Any) -> None:
+    """Page what loading a checkpoint has moved to the device, and own it all."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            value = state.get(key)
+            if value is not None and value.is_cuda and not getattr(value, "is_paged", False):
+                state[key] = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                state[key].copy_(value)
+    own_all(optimizer)
+
+
 def _is_kept(tensor: Tensor) -> bool:
     from bitsandbytes.functional import GlobalPageManager
 

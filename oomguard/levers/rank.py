@@ -33,6 +33,8 @@ def refusal(trainer: Any, rank: int) -> str | None:
         reason = moments.refusal(optimizer)
         if reason is not None:
             return reason
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        return "load_best_model_at_end could not load a best checkpoint of another rank"
     seen: set[int] = set()
     for adapter in trained(trainer):
         if adapter.rank <= rank:
