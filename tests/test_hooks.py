@@ -223,6 +223,7 @@ UPSTREAM: dict[str, tuple[Any, str]] = {
     "activations.refuses_offload": (PreTrainedModel, "activation_checkpointing_enable"),
     "optimizer.convert": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_pre_hooks"),
     "optimizer.convert, too": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_post_hooks"),
+    "loss.probe": (bitsandbytes.nn.Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
     "paging.own": (bitsandbytes.functional.GlobalPageManager.get_instance(), "paged_tensors"),
 }
 

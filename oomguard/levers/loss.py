@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Columns of the probe. The form of a loss does not depend on the width, and the probe runs where
 # memory is short: it must need less than a pass of a single row.
 _PROBE_TOKENS = 16
+_PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
 _SINGLE_ROW = "the batch at hand has a single row, too few to tell how the loss adds up"
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}
 _HALF_TOLERANCE = 1e-2  # some losses have 8 bits, and two batch sizes take two kernels
@@ -161,13 +162,19 @@ def _evaluating(trainer: Any) -> Iterator[None]:
     training = trainer.model.training
     config: Any = getattr(base_model(trainer), "config", None)
     cache = getattr(config, "use_cache", None)
+    # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good, and computes otherwise.
+    packing = [m for m in trainer.model.modules() if getattr(m, _PACKS, False)]
     try:
+        for module in packing:
+            setattr(module, _PACKS, False)
         trainer.model.eval()
         if cache is not None:
             config.use_cache = False
         yield
     finally:
         trainer.model.train(training)
+        for module in packing:
+            setattr(module, _PACKS, True)
         if cache is not None:
             config.use_cache = cache
 
