@@ -14,6 +14,7 @@ import pytest
 import torch
 import trl.trainer.base_trainer
 from accelerate.data_loader import DataLoaderShard
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -223,7 +224,7 @@ UPSTREAM: dict[str, tuple[Any, str]] = {
     "activations.refuses_offload": (PreTrainedModel, "activation_checkpointing_enable"),
     "optimizer.convert": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_pre_hooks"),
     "optimizer.convert, too": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_post_hooks"),
-    "loss.probe": (bitsandbytes.nn.Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
+    "loss.probe": (Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
     "paging.own": (bitsandbytes.functional.GlobalPageManager.get_instance(), "paged_tensors"),
 }
 
