@@ -1,23 +1,27 @@
 """Finish the fine-tune when CUDA runs out of memory."""
 
-from oomguard.errors import (
-    ConfigurationError,
-    LadderExhaustedError,
-    OomguardError,
-    UnsupportedTrainerError,
-)
-from oomguard.event import OOMEvent
-from oomguard.guard import Guard, fit
-from oomguard.ladder import (
-    CheckpointActivations,
-    Fidelity,
-    HalveSequence,
-    Ladder,
-    Rung,
-    SplitBatch,
-)
-from oomguard.plan import Plan
-from oomguard.report import Recovery, Report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oomguard.errors import (
+        ConfigurationError,
+        LadderExhaustedError,
+        OomguardError,
+        UnsupportedTrainerError,
+    )
+    from oomguard.event import OOMEvent
+    from oomguard.guard import Guard, fit
+    from oomguard.ladder import (
+        CheckpointActivations,
+        Fidelity,
+        HalveSequence,
+        Ladder,
+        Rung,
+        SplitBatch,
+    )
+    from oomguard.plan import Plan
+    from oomguard.report import Recovery, Report
 
 __version__ = "0.1.0"
 
@@ -39,3 +43,21 @@ __all__ = [
     "UnsupportedTrainerError",
     "fit",
 ]
+
+_MODULES = ("errors", "event", "guard", "ladder", "plan", "report")
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds and half a GiB; the process that supervises a script
+    # should start at once and stay small where the host is short of memory.
+    if name in __all__:
+        for module in map(import_module, (f"oomguard.{entry}" for entry in _MODULES)):
+            if name in vars(module):
+                globals()[name] = vars(module)[name]
+                return globals()[name]
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

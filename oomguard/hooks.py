@@ -57,6 +57,14 @@ class Hooks:
         self.transaction.phase = "bookkeeping"
         return result
 
+    def train(self, train: Callable[[], Any]) -> Any:
+        """`train()`; what happens before the first step is protected operation by operation."""
+        self.transaction.phase = "setup"
+        with self.setup:
+            self.setup.enter_context(AllocationRetry(self.transaction.make_room))
+            self.train_output = train()
+            return self.train_output
+
     def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.protect("clip", functools.partial(clip, *args, **kwargs), spill=True)
 
@@ -105,13 +113,8 @@ class GuardedTrainer(Trainer):
     _oomguard: Hooks
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; what happens before the first step is protected operation by operation."""
-        hooks = self._oomguard
-        hooks.transaction.phase = "setup"
-        with hooks.setup:
-            hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
-            hooks.train_output = super().train(*args, **kwargs)
-            return hooks.train_output
+        """Train under protection."""
+        return self._oomguard.train(functools.partial(super().train, *args, **kwargs))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; `eval_on_start` does so before the first step."""
@@ -193,6 +196,11 @@ def install(trainer: Any, transaction: StepTransaction) -> Hooks:
 def is_installed(trainer: Any) -> bool:
     """Whether a guard is on this trainer."""
     return isinstance(trainer, GuardedTrainer)
+
+
+def train(trainer: Any, action: Callable[[], Any]) -> Any:
+    """`action()` in the place of `trainer.train()`, for callers that are inside that already."""
+    return trainer._oomguard.train(action)
 
 
 def own_compute_loss(trainer: Any) -> Callable[..., Any]:

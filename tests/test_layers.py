@@ -19,6 +19,8 @@ LAYERS = (
     "ladder",
     "memory",
     "rng",
+    "journal",
+    "resumption",
     "oom",
     "retry",
     "feed",
@@ -29,7 +31,14 @@ LAYERS = (
     "step",
     "hooks",
     "guard",
+    "guarded_train",
+    "under_guard",
+    "supervise",
+    "doctor_trial",
+    "doctor",
     "__init__",
+    "cli",
+    "__main__",
 )
 # Stands beside the order: nothing in the package imports `testing`, which sees only these.
 TESTING = "testing"
