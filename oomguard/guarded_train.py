@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -18,13 +19,14 @@ from oomguard import hooks
 from oomguard.errors import UnsupportedTrainerError
 from oomguard.guard import Guard
 from oomguard.journal import TrainCall
-from oomguard.levers.finished import load_finished
+from oomguard.levers.finished import load_finished, load_optimizer
 from oomguard.resumption import last_checkpoint, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from oomguard.journal import Journal
+    from oomguard.resumption import Checkpoint
 
 logger = logging.getLogger("oomguard")
 
@@ -39,6 +41,8 @@ class GuardedTrainings:
         self._resume = resume
         self._before = journal.read().calls
         self._count: Counter[str] = Counter()
+        # Where the trainers stand whose finished training was not made again.
+        self._loaded: WeakKeyDictionary[Any, Checkpoint] = WeakKeyDictionary()
 
     def train(self, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         """`original(trainer, ...)` under the guard, from where an earlier process died."""
@@ -52,11 +56,15 @@ class GuardedTrainings:
             if reached or checkpoint.ended:
                 result = load_finished(trainer, checkpoint, call.output)
                 self._journal.finish(call.key, result._asdict())
+                self._loaded[trainer] = checkpoint
                 return result
             bound.arguments["resume_from_checkpoint"] = str(checkpoint.path)
         elif call.key in self._before:
             # What the script asks for may be `True`, and the last folder half a checkpoint by now.
             bound.arguments["resume_from_checkpoint"] = call.resume
+        loaded = self._loaded.pop(trainer, None)
+        if loaded is not None and bound.arguments.get("resume_from_checkpoint") is None:
+            load_optimizer(trainer, loaded)
         with StopRequest() as stop, Watch(trainer, self._journal, stop):
             result = self._guarded(trainer, lambda: original(*bound.args, **bound.kwargs))
         self._journal.finish(call.key, result._asdict())

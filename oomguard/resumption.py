@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_OPTIMIZER = ("optimizer.pt", "optimizer.bin")
+OPTIMIZER_NAMES = ("optimizer.pt", "optimizer.bin")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     if name is None or int(name[1]) != step:
         return None
     files = {entry.name for entry in path.iterdir()}
-    exact = "scheduler.pt" in files and not files.isdisjoint(_OPTIMIZER)
+    exact = "scheduler.pt" in files and not files.isdisjoint(OPTIMIZER_NAMES)
     return Checkpoint(path, step, ended=0 < last <= step, exact=exact)
 
 

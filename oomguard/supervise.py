@@ -32,13 +32,13 @@ class Progress:
 
     Attributes:
         finished: Calls of `train()` that came to their end.
-        checkpoint: The step of the last whole checkpoint; -1 before the first.
-        step: The last optimizer step that was made; -1 before the first.
+        checkpoint: The step of the last whole checkpoint; 0 before the first.
+        step: The last optimizer step that was made; 0 before the first.
     """
 
     finished: int = 0
-    checkpoint: int = -1
-    step: int = -1
+    checkpoint: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,8 @@ class Death:
     @property
     def cause(self) -> str:
         """What happened, in words."""
+        if self.kind == "stopped":
+            return "stopped as asked"
         if self.returncode < 0:
             name = _signal_name(-self.returncode)
             hint = " (the host's OOM killer, if nobody sent it)" if name == "SIGKILL" else ""
@@ -86,7 +88,7 @@ class Death:
         step = f"after step {self.progress.step}" if self.stepped else "before a step was made"
         checkpoint = (
             f"the last whole checkpoint is checkpoint-{self.progress.checkpoint}"
-            if self.progress.checkpoint >= 0
+            if self.progress.checkpoint
             else "there is no whole checkpoint"
         )
         return f"{step} of the training in {self.output_dir}; {checkpoint}"
@@ -114,10 +116,10 @@ def decide(death: Death, furthest: Progress | None, restarts: int, max_restarts:
     if death.kind == "crash" and not death.stepped:
         # A life that makes no step fails alike next time: a typing error, a wrong path, a check.
         return Decision(restart=False)
-    if furthest is not None and death.progress.checkpoint < 0 and not death.progress.finished:
+    if furthest is not None and not death.progress.checkpoint and not death.progress.finished:
         return Decision(restart=False, reason=f"no checkpoint between two deaths. {_advice(death)}")
     if furthest is not None and death.progress <= furthest:
-        where = f"step {furthest.step}" if furthest.step >= 0 else "the first step"
+        where = f"step {furthest.step}" if furthest.step else "the first step"
         return Decision(
             restart=False,
             reason=f"no progress since the death before, which was at {where}. {_advice(death)}",
@@ -174,7 +176,10 @@ class Run:
                 self.deaths.append(death)
                 decision = decide(death, furthest, restarts, self.max_restarts)
                 if not decision.restart:
-                    if decision.reason:
+                    if death.kind == "stopped" and death.progress.checkpoint:
+                        message = "%s, %s. `oomguard run --resume` goes on from there."
+                        logger.warning(message, death.cause, death.place)
+                    elif decision.reason:
                         message = "%s, %s. Giving up: %s"
                         logger.error(message, death.cause, death.place, decision.reason)
                     return self._status(returncode)
@@ -226,8 +231,8 @@ class Run:
         checkpoint = None if call is None else last_checkpoint(call.output_dir, call.stale)
         progress = Progress(
             finished=len(story.calls) - len(unfinished),
-            checkpoint=-1 if checkpoint is None else checkpoint.step,
-            step=-1 if story.step is None or call is None else story.step,
+            checkpoint=0 if checkpoint is None else checkpoint.step,
+            step=0 if story.step is None or call is None else story.step,
         )
         return Death(
             returncode=returncode,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from oomguard.resumption import STATE_NAME, Checkpoint
+from oomguard.resumption import OPTIMIZER_NAMES, STATE_NAME, Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,3 +40,12 @@ def load_finished(
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     mean = sum(losses) / len(losses) if losses else float("nan")
     return TrainOutput(checkpoint.step, mean, {"train_loss": mean})
+
+
+def load_optimizer(trainer: Any, checkpoint: Checkpoint) -> None:
+    """Give a trainer the optimizer that a training ended with, for another one to go on with."""
+    found = [path for name in OPTIMIZER_NAMES if (path := checkpoint.path / name).exists()]
+    if found:
+        state = torch.load(found[0], map_location=trainer.args.device, weights_only=True)
+        trainer.create_optimizer()
+        trainer.optimizer.load_state_dict(state)
