@@ -33,14 +33,23 @@ class LadderName(StrEnum):
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-@app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """Finish the fine-tune when CUDA runs out of memory."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         sys.stdout.write(f"oomguard {oomguard.__version__}\n")
         raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Finish the fine-tune when CUDA runs out of memory."""
 
 
 # Everything after the script is the script's, also what looks like an option of ours.

@@ -10,9 +10,11 @@ import argparse
 import builtins
 import importlib.util
 import io
+import os
 import runpy
 import signal
 import sys
+import zipfile
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
@@ -93,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 - shown as Python shows it, and told the supervisor
         text = str(error).strip().split("\n")[0]
         journal.end(kind_of(error), f"{type(error).__name__}: {text}")
-        sys.excepthook(type(error), error, _from_script(error.__traceback__))
+        trace = _from_script(error.__traceback__)
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         sys.exit(1)
 
 
@@ -119,15 +122,16 @@ def run_script(script: Sequence[str], *, module: bool) -> None:
     if not sys.flags.safe_path:
         # `-m` has put the working directory first; a folder or zip file is put there by runpy.
         sys.path[:1] = [str(path.resolve().parent)] if path.is_file() else []
-    if path.suffix != ".py":
+    if path.is_dir() or path.suffix == ".pyc" or zipfile.is_zipfile(path):
         runpy.run_path(script[0], run_name="__main__")
         return
     # runpy would make either argv[0] absolute or __file__ relative.
+    name = os.path.join(Path.cwd(), script[0])  # noqa: PTH118 - with any "./", as Python has it
     main_module = ModuleType("__main__")
-    main_module.__dict__.update(__file__=str(path.absolute()), __builtins__=builtins)
+    main_module.__dict__.update(__file__=name, __builtins__=builtins)
     sys.modules["__main__"] = main_module
-    with io.open_code(str(path)) as file:
-        code = compile(file.read(), str(path.absolute()), "exec")
+    with io.open_code(name) as file:
+        code = compile(file.read(), name, "exec")
     exec(code, main_module.__dict__)  # noqa: S102 - it is what we were asked to run
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import shutil
 import signal
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
@@ -19,6 +18,11 @@ from oomguard.journal import Journal
 from oomguard.report import Report
 from oomguard.testing import VirtualCard
 from tests import tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
 
 ORIGINAL = Trainer.train
 
@@ -62,11 +66,11 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return begin
 
 
-def make(folder: Path, *events: Event, **changes: Any) -> SFTTrainer:
+def make(folder: Path, *events: Event, **changes: Any) -> Any:
     # Six steps are one and a half epochs; dropout shows whether random numbers go on.
-    lora = tiny.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
     values = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, **changes}
-    trainer = tiny.sft_trainer(folder, lora=lora, **values)
+    trainer: Any = tiny.sft_trainer(folder, lora=lora, **values)
     for event in events:
         trainer.add_callback(event)
     return trainer
@@ -249,7 +253,7 @@ def test_resume_goes_on_from_the_checkpoints_of_an_earlier_run(
     assert tiny.largest_difference(tiny.weights(trainer), twin) == 0
 
 
-class Announces(SFTTrainer):  # type: ignore[misc]
+class Announces(SFTTrainer):
     """A train() of its own that calls the Trainer's."""
 
     announced = 0
@@ -259,7 +263,7 @@ class Announces(SFTTrainer):  # type: ignore[misc]
         return super().train(*args, **kwargs)
 
 
-class OwnLoop(SFTTrainer):  # type: ignore[misc]
+class OwnLoop(SFTTrainer):
     """A train() of its own that does not."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +275,7 @@ def test_a_train_method_of_the_scripts_own_is_run_once_and_guarded(
 ) -> None:
     life()
     with VirtualCard(fail_at=900):
-        trainer = tiny.sft_trainer(tmp_path, trainer_class=Announces)
+        trainer: Any = tiny.sft_trainer(tmp_path, trainer_class=Announces)
         trainer.train()
     assert trainer.announced == 1
     assert len(Report.load(tmp_path / "oomguard.json").recoveries) == 1
@@ -280,7 +284,8 @@ def test_a_train_method_of_the_scripts_own_is_run_once_and_guarded(
 
 def test_a_loop_of_the_scripts_own_is_left_alone(tmp_path: Path, life: Any) -> None:
     journal = life()
-    assert tiny.sft_trainer(tmp_path, trainer_class=OwnLoop).train() == "its own"
+    trainer: Any = tiny.sft_trainer(tmp_path, trainer_class=OwnLoop)
+    assert trainer.train() == "its own"
     assert journal.read().calls == {}
 
 
@@ -328,7 +333,7 @@ def test_a_signal_ends_in_a_checkpoint_from_which_nothing_is_lost(
         trainer.train()
     if error is SystemExit:
         assert raised.value.args == (143,)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-3"
+    assert max(path.name for path in tmp_path.glob("checkpoint-*")) == "checkpoint-3"
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     life()
     trainer = make(tmp_path)

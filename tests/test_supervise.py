@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from oomguard.supervise import Death, Decision, Progress, decide
 from tests import tiny
@@ -28,7 +29,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 CONFIGURATION: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
-LORA = tiny.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
 SCRIPT = """
 import os, signal, sys, threading, time
 from pathlib import Path
