@@ -290,7 +290,7 @@ def test_a_loop_of_the_scripts_own_is_left_alone(tmp_path: Path, life: Any) -> N
 
 
 def test_a_script_that_uses_fit_keeps_its_own_ladder_and_is_resumed(
-    tmp_path: Path, life: Any, twin: dict[str, torch.Tensor]
+    tmp_path: Path, life: Any, twin: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     life()
     with pytest.raises(DeathError):
@@ -301,6 +301,7 @@ def test_a_script_that_uses_fit_keeps_its_own_ladder_and_is_resumed(
     report = oomguard.fit(trainer, ladder="exact_first")
     assert trainer.made == [3, 4, 5, 6]
     assert report.ladder[-1] == "HalveSequence"
+    assert "not guarded" not in caplog.text
     assert report.train_output is not None
     assert tiny.largest_difference(tiny.weights(trainer), twin) == 0
 
