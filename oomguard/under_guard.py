@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import functools
 import importlib.util
 import io
 import os
@@ -71,15 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     journal = Journal(options.journal)
 
     def guard_trainings(module: ModuleType) -> None:
-        # Imports transformers, which must not happen before the script does so.
         trainer_class = module.Trainer
         original = trainer_class.train
 
+        @functools.wraps(original)
         def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             return trainings(options, journal).train(original, trainer, *args, **kwargs)
 
-        train.__wrapped__ = original  # type: ignore[attr-defined]
-        train.__doc__ = original.__doc__
         trainer_class.train = train
 
     sys.meta_path.insert(0, AfterImport(_TRAINER_MODULE, guard_trainings))

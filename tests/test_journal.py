@@ -57,7 +57,6 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_the_next_is_read(tmp_path: P
     journal.begin(call("a"))
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "finish", "ke')
-    journal.new_life()
     journal.begin(call("b"))
     story = journal.read()
     assert list(story.calls) == ["a", "b"]
