@@ -76,6 +76,14 @@ class Hooks:
         self.transaction.phase = "bookkeeping"
         return result
 
+    def train(self, train: Callable[[], Any]) -> Any:
+        """`train()`; what happens before the first step is protected operation by operation."""
+        self.transaction.phase = "setup"
+        with self.setup:
+            self.setup.enter_context(AllocationRetry(self.transaction.make_room))
+            self.train_output = train()
+            return self.train_output
+
     def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.protect("clip", functools.partial(clip, *args, **kwargs), spill=True)
 
@@ -124,14 +132,10 @@ class GuardedTrainer(Trainer):
     _oomguard: Hooks
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; what happens before the first step is protected operation by operation."""
-        hooks = self._oomguard
-        hooks.transaction.phase = "setup"
+        """Train under protection."""
+        hooks, original = self._oomguard, super().train
         hooks.course.start(bool(resume_from_checkpoint))
-        with hooks.setup:
-            hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
-            hooks.train_output = super().train(resume_from_checkpoint, *args, **kwargs)
-            return hooks.train_output
+        return hooks.train(functools.partial(original, resume_from_checkpoint, *args, **kwargs))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> Any:
         """Load weights into the shapes that they were saved in."""
@@ -225,6 +229,11 @@ def install(trainer: Any, transaction: StepTransaction, course: Course) -> Hooks
 def is_installed(trainer: Any) -> bool:
     """Whether a guard is on this trainer."""
     return isinstance(trainer, GuardedTrainer)
+
+
+def train(trainer: Any, action: Callable[[], Any]) -> Any:
+    """`action()` in the place of `trainer.train()`, for callers that are inside that already."""
+    return trainer._oomguard.train(action)
 
 
 def own_compute_loss(trainer: Any) -> Callable[..., Any]:

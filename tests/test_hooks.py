@@ -158,6 +158,8 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
+    "_load_best_model": lambda: parameters(Trainer._load_best_model) == [],
+    "_load_rng_state": lambda: parameters(Trainer._load_rng_state) == ["checkpoint"],
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},
@@ -169,6 +171,10 @@ PRIVATE: dict[str, Callable[[], Any]] = {
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
 }
+
+
+def parameters(method: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(method).parameters)[1:]
 
 
 def sees_nothing(context: Any) -> bool:

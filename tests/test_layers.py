@@ -21,6 +21,8 @@ LAYERS = (
     "ladder",
     "memory",
     "rng",
+    "journal",
+    "resumption",
     "oom",
     "retry",
     "feed",
@@ -32,7 +34,14 @@ LAYERS = (
     "step",
     "hooks",
     "guard",
+    "guarded_train",
+    "under_guard",
+    "supervise",
+    "doctor_trial",
+    "doctor",
     "__init__",
+    "cli",
+    "__main__",
 )
 # Stands beside the order: nothing in the package imports `testing`, which sees only these.
 TESTING = "testing"

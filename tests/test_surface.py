@@ -1,6 +1,10 @@
 from importlib.metadata import version
+from typing import Any
+
+import typer
 
 import oomguard
+from oomguard.cli import app
 from oomguard.testing import VirtualCard
 
 SURFACE = (
@@ -26,6 +30,21 @@ SURFACE = (
     "UnsupportedTrainerError",
     "fit",
 )
+
+COMMANDS = {
+    "": {"--version"},
+    "doctor": {"--json"},
+    "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
+}
+
+
+def test_the_commands_and_their_options_are_these() -> None:
+    group: Any = typer.main.get_command(app)
+    found = {"": group, **group.commands}
+    assert {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in found.items()
+    } == COMMANDS
 
 
 def test_the_public_names_are_these() -> None:

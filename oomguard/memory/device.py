@@ -4,8 +4,54 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from contextlib import suppress
+from dataclasses import dataclass
 
+import pynvml
 import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that PyTorch can train on.
+
+    Attributes:
+        name: As the driver gives it.
+        total_bytes: Its memory.
+        free_bytes: What no process uses.
+        capability: Its compute capability, as in `"9.0"`.
+        driver: The version of the driver; `None` where it cannot be read.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: str
+    driver: str | None
+
+
+def devices() -> list[Device]:
+    """The CUDA devices that this process sees; none without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    driver = _driver_version()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append(Device(properties.name, total, free, capability, driver))
+    return found
+
+
+def _driver_version() -> str | None:
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    return None
 
 
 def release_cached() -> None:
@@ -40,3 +86,14 @@ def free_managed(pointer: int) -> None:
     major = (torch.version.cuda or "").partition(".")[0]
     runtime = ctypes.CDLL(f"libcudart.so.{major}")  # PyTorch has loaded it
     runtime.cudaFree(ctypes.c_void_p(pointer))
+
+
+def is_lost() -> bool:
+    """Whether this process cannot use CUDA any more, as after an illegal memory access."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,122 @@
+"""The command line: thin; what a command does is in the module of its name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import oomguard
+
+app = typer.Typer(
+    name="oomguard",
+    help="Finish the fine-tune when CUDA runs out of memory.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class LadderName(StrEnum):
+    """The presets of `Ladder.of`."""
+
+    DEFAULT = "default"
+    EXACT_FIRST = "exact_first"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"oomguard {oomguard.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Finish the fine-tune when CUDA runs out of memory."""
+
+
+# Everything after the script is the script's, also what looks like an option of ours.
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
+    no_args_is_help=True,
+)
+def run(
+    script: Annotated[str, typer.Argument(help="The script; with -m, the name of a module.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="The script's own arguments.")
+    ] = None,
+    *,
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    ladder: Annotated[
+        LadderName, typer.Option(help="The order in which settings give way.")
+    ] = LadderName.DEFAULT,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often a script that died is started again.")
+    ] = 3,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints of an earlier run.")
+    ] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object as the last line of stderr.")
+    ] = False,
+) -> None:
+    """Run a training script under the guard, and restart it from its last checkpoint if it dies.
+
+    Output and exit status are the script's.
+    """
+    from oomguard import supervise
+
+    if not module and not Path(script).exists():
+        msg = f"there is no {script}; name a script, or use -m for a module"
+        raise typer.BadParameter(msg)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        msg = (
+            f"WORLD_SIZE is {processes}: `oomguard run` supervises one process, and restarting "
+            "one of several would leave the others waiting. Start it without torchrun or "
+            "accelerate launch"
+        )
+        raise typer.BadParameter(msg)
+    logging.basicConfig(format="oomguard: %(message)s", level=logging.WARNING)
+    status, summary = supervise.run(
+        [script, *(arguments or ())],
+        module=module,
+        ladder=ladder.value,
+        resume=resume,
+        max_restarts=max_restarts,
+    )
+    if json_:
+        sys.stderr.write(json.dumps(summary) + "\n")
+    raise typer.Exit(status)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say what oomguard finds on this machine, and what each rung would do here."""
+    from oomguard.doctor import examine
+
+    findings = examine()
+    if json_:
+        sys.stdout.write(json.dumps(findings.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(findings)
+    raise typer.Exit(0 if findings.healthy else 1)
