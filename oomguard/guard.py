@@ -15,6 +15,7 @@ from oomguard.descent import Descent
 from oomguard.errors import UnsupportedTrainerError
 from oomguard.ladder import Ladder, rung_name
 from oomguard.levers.live import Levers, optim_name, read_plan
+from oomguard.outside import Outside
 from oomguard.report import Report, Status
 from oomguard.step import StepTransaction
 
@@ -77,7 +78,9 @@ class Guard:
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
         descent = Descent(self._ladder, levers, self.report)
-        self._hooks = hooks.install(self._trainer, StepTransaction(self._trainer, levers, descent))
+        transaction = StepTransaction(self._trainer, levers, descent)
+        outside = Outside(self._trainer, descent)
+        self._hooks = hooks.install(self._trainer, transaction, outside)
         self._began = time.perf_counter()
         return self
 
@@ -93,7 +96,7 @@ class Guard:
         self.report.train_output = self._hooks.train_output
         del self._hooks  # it holds the last batches
         self.report.status = _status(error)
-        self.report.error = None if error is None else f"{type(error).__name__}: {error}"
+        self.report.error = None if error is None else _told(error)
         if not self._trainer.is_world_process_zero():
             return
         path = Path(self._trainer.args.output_dir) / REPORT_NAME
@@ -104,6 +107,10 @@ class Guard:
         console = Console()
         if console.is_terminal or console.is_jupyter:
             console.print(self.report)
+
+
+def _told(error: BaseException) -> str:
+    return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def _status(error: BaseException | None) -> Status:

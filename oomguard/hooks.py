@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from peft import PeftModel
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from oomguard import saving
+from oomguard.callbacks import name_callback
+from oomguard.evaluation import Evaluation
 from oomguard.feed import Feed
 from oomguard.optimizer_step import AtomicStep
 from oomguard.retry import AllocationRetry, RetriedScalar
@@ -17,15 +23,20 @@ if TYPE_CHECKING:
 
     import torch
 
+    from oomguard.oom import OOMFacts
+    from oomguard.outside import Outside
     from oomguard.step import StepTransaction
 
 
 class Hooks:
     """What the intercepted methods work with, and what they have put on other objects."""
 
-    def __init__(self, trainer: Any, transaction: StepTransaction) -> None:
-        """Take the trainer and the transaction that its steps run in."""
+    def __init__(self, trainer: Any, transaction: StepTransaction, outside: Outside) -> None:
+        """Take the trainer, the transaction that its steps run in, and what is around them."""
         self.transaction = transaction
+        self.outside = outside
+        self.evaluation = Evaluation(trainer, outside)
+        self.staging = saving.Staging()
         self.feed = Feed(transaction.make_room)
         self.atomic_step = AtomicStep(transaction.make_room)
         self.setup = ExitStack()
@@ -39,6 +50,7 @@ class Hooks:
             "type[RetriedScalar]",
             type("RetriedScalar", (RetriedScalar,), {"make_room": transaction.make_room}),
         )
+        self._intercept(trainer.callback_handler, "call_event", name_callback)
 
     def batches(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """The epoch's batches made safe; one and the same iterator per epoch."""
@@ -56,6 +68,27 @@ class Hooks:
             result = action()
         self.transaction.phase = "bookkeeping"
         return result
+
+    def make_room(self, facts: OOMFacts, failures: int) -> None:
+        """Room before the first step, where a checkpoint may be loaded."""
+        owner = self.transaction if self.outside.phase is None else self.outside
+        owner.make_room(facts, failures)
+
+    def save(self, write: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> None:
+        """`write(folder, ...)`, to where the parts of a checkpoint wait for each other."""
+        write = functools.partial(write, self.staging.redirect(folder), *args, **kwargs)
+        self.outside.protect("save", write, spill=True)
+
+    def load(self, read: Callable[..., Any], *args: Any) -> None:
+        """`read(...)`, a part of a checkpoint: what it allocates stays on the device."""
+        model = self._trainer.model
+        before = len(self._undo)
+        if isinstance(model, PeftModel):
+            self._intercept(model, "load_adapter", _through_cpu)
+        try:
+            self.outside.protect("load", functools.partial(read, *args))
+        finally:
+            self._undo_to(before)
 
     def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.protect("clip", functools.partial(clip, *args, **kwargs), spill=True)
@@ -86,17 +119,25 @@ class Hooks:
         restore = functools.partial(setattr, owner, name, own)
         self._undo.append(restore if own is not None else functools.partial(delattr, owner, name))
 
+    def _undo_to(self, count: int) -> None:
+        while len(self._undo) > count:
+            self._undo.pop()()
+
     def remove(self) -> None:
         """Leave loader, accelerator, optimizer and loss as they were."""
         self.setup.close()
         self.feed.detach()
-        while self._undo:
-            self._undo.pop()()
+        self._undo_to(0)
         self.loss_class.make_room = None
         running_loss = getattr(self._trainer, "_tr_loss", None)
         if isinstance(running_loss, RetriedScalar):
             self._trainer._tr_loss = running_loss.plain()
         self._source = None
+
+
+def _through_cpu(load_adapter: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT would read the file to the device, beside the weights that it is copied to."""
+    return load_adapter(*args, **{"torch_device": "cpu", **kwargs})
 
 
 class GuardedTrainer(Trainer):
@@ -108,8 +149,9 @@ class GuardedTrainer(Trainer):
         """Train; what happens before the first step is protected operation by operation."""
         hooks = self._oomguard
         hooks.transaction.phase = "setup"
+        saving.clean(Path(self._get_output_dir(None)))
         with hooks.setup:
-            hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
+            hooks.setup.enter_context(AllocationRetry(hooks.make_room))
             hooks.train_output = super().train(*args, **kwargs)
             return hooks.train_output
 
@@ -117,6 +159,63 @@ class GuardedTrainer(Trainer):
         """Evaluate; `eval_on_start` does so before the first step."""
         self._oomguard.setup.close()
         return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; a callback may do so before the first step."""
+        self._oomguard.setup.close()
+        return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict, moving what piles up to the host when memory runs out."""
+        run = functools.partial(super().evaluation_loop, dataloader, description, *args, **kwargs)
+        phase = "predict" if description == "Prediction" else "evaluate"
+        return self._oomguard.evaluation.loop(phase, run)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, in passes when memory runs out."""
+        original = super().prediction_step
+        return self._oomguard.evaluation.step(
+            lambda batch: original(model, batch, *args, **kwargs), inputs
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        hooks = self._oomguard
+        write = functools.partial(super()._save_checkpoint, model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial), name)
+        with ExitStack() as stack:
+            if saving.can_stage(self):
+                stack.enter_context(hooks.staging.checkpoint(folder, self))
+            stack.enter_context(hooks.outside.watch("save", spill=True))
+            write()
+
+    def save_model(self, output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Save the weights, by way of the host when memory runs out."""
+        self._oomguard.save(super().save_model, output_dir, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._oomguard.save(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self._oomguard.save(super()._save_scaler, output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._oomguard.save(super()._save_rng_state, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._oomguard.load(super()._load_from_checkpoint, resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._oomguard.load(super()._load_optimizer_and_scheduler, checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        self._oomguard.load(super()._load_scaler, checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._oomguard.load(super()._load_rng_state, checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._oomguard.load(super()._load_best_model)
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own loader, made to survive an out-of-memory while it is read."""
@@ -180,12 +279,12 @@ INTERCEPTED = tuple(name for name, value in vars(GuardedTrainer).items() if call
 """Names that a trainer object must not have itself: they would stand in front of its class."""
 
 
-def install(trainer: Any, transaction: StepTransaction) -> Hooks:
+def install(trainer: Any, transaction: StepTransaction, outside: Outside) -> Hooks:
     """Put `GuardedTrainer` in front of the trainer's class."""
     own = type(trainer)
     guarded = type(own.__name__, (GuardedTrainer, own), {"__doc__": own.__doc__})
     guarded.__module__, guarded.__qualname__ = own.__module__, own.__qualname__
-    trainer._oomguard = hooks = Hooks(trainer, transaction)
+    trainer._oomguard = hooks = Hooks(trainer, transaction, outside)
     trainer.__class__ = guarded
     return hooks
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oomguard import oom, rng
-from oomguard.event import OOMEvent
 from oomguard.feed import fetch
 from oomguard.levers import metrics
 from oomguard.levers.batch import CannotActError, Shape, measure, token_ids
@@ -22,6 +21,7 @@ from oomguard.retry import AllocationRetry
 
 if TYPE_CHECKING:
     from oomguard.descent import Descent
+    from oomguard.event import OOMEvent
 
 logger = logging.getLogger("oomguard")
 
@@ -261,20 +261,14 @@ class StepTransaction:
 
     def _event(self, facts: oom.OOMFacts, index: int) -> OOMEvent:
         shape = self._shape()
-        allocated, reserved = device.allocated_and_reserved_bytes()
-        return OOMEvent(
+        return oom.event_of(
+            facts,
             phase=self.phase,
             step=self._trainer.state.global_step + 1,
             micro_batch=index if self._window.batches else None,
             rows=None if shape is None else shape.units,
             width=None if shape is None else shape.width,
             tokens=None if shape is None else shape.tokens,
-            asked_bytes=facts.asked_bytes,
-            free_bytes=facts.free_bytes,
-            total_bytes=facts.total_bytes,
-            allocated_bytes=allocated,
-            reserved_bytes=reserved,
-            message=facts.message,
         )
 
 
