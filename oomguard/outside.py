@@ -66,12 +66,13 @@ class Outside:
             if watched():  # by an outer one, which would be asked first anyway
                 yield None
                 return
+            self._last = None
             with AllocationRetry(self.make_room, spill=spill) as retry:
                 yield retry
             if retry.spilled and self._last is not None:
                 self._descent.record(self._last, None, 0.0, "results moved to the CPU")
         finally:
-            self.phase, self._last = outer, None
+            self.phase = outer
 
     def protect(self, phase: str, action: Callable[[], T], *, spill: bool = False) -> T:
         """`action()`, which may be repeated, and whose operations are."""
