@@ -106,7 +106,7 @@ def summarizer(folder: Path, **changes: Any) -> Any:
     base = kinds.seq2seq(folder)
     values = {"output_dir": str(folder), **EVALUATED, **kinds.QUIET, "generation_max_length": 24}
     args = Seq2SeqTrainingArguments(**{**values, "predict_with_generate": True, **changes})
-    trainer = Seq2SeqTrainer(
+    return Seq2SeqTrainer(
         model=base.model,
         args=args,
         train_dataset=base.train_dataset,
@@ -115,7 +115,6 @@ def summarizer(folder: Path, **changes: Any) -> Any:
         processing_class=kinds.MASKING,
         compute_metrics=accuracy,
     )
-    return trainer
 
 
 def sft_rows(folder: Path, **changes: Any) -> Any:
@@ -300,10 +299,10 @@ def test_a_loss_that_cannot_be_split_is_tried_again_whole(tmp_path: Path) -> Non
         return trainer
 
     expected = numbers(build().evaluate())
-    trainer = shorten(build(), 8, 1, 4)
+    trainer = shorten(build(), 8, 1, 7)
     with oomguard.Guard(trainer) as guard:
         assert numbers(trainer.evaluate()) == expected
-    # Batches are run in halves once, and whole again when their losses do not add up.
+    # Two halves, three calls that find that their losses do not add up, and whole again.
     assert changes(guard.report) == ["eval batch 8 -> 4", None]
     trainer = shorten(build(), 7)
     with oomguard.Guard(trainer), pytest.raises(torch.OutOfMemoryError, match="was not split: the"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -237,7 +236,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_any_allocation_while_resuming_may_fail(checkpoint: str, tmp_path: Path) -> None:
-    resume = {"resume_from_checkpoint": checkpoint}
+    resume: dict[str, Any] = {"resume_from_checkpoint": checkpoint}
     plain = run(resumed, folder=tmp_path / "plain", **resume)
     clean, card = faulted(resumed, tmp_path / "clean", "load", **resume)
     assert not differences(clean, plain)
@@ -250,7 +249,7 @@ def test_any_allocation_while_resuming_may_fail(checkpoint: str, tmp_path: Path)
 def test_every_allocation_while_saving_or_loading_may_fail(
     phase: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resume = {"resume_from_checkpoint": checkpoint} if phase == "resume" else {}
+    resume: dict[str, Any] = {"resume_from_checkpoint": checkpoint} if phase == "resume" else {}
     make, inside = (resumed, "load") if resume else (gathering, phase)
     plain = run(make, folder=tmp_path / "plain", **resume)
     _, card = faulted(make, tmp_path / "clean", inside, **resume)
@@ -264,11 +263,14 @@ def test_every_allocation_while_saving_or_loading_may_fail(
 def test_adapters_are_loaded_by_way_of_the_cpu(tmp_path: Path) -> None:
     run(build, folder=tmp_path)
     trainer = build(tmp_path / "again")
-    devices = []
+    devices: list[Any] = []
     load = trainer.model.load_adapter
-    trainer.model.load_adapter = lambda *args, **kwargs: (
-        devices.append(kwargs.get("torch_device")) or load(*args, **kwargs)
-    )
+
+    def load_adapter(*args: Any, **kwargs: Any) -> Any:
+        devices.append(kwargs.get("torch_device"))
+        return load(*args, **kwargs)
+
+    trainer.model.load_adapter = load_adapter
     oomguard.fit(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert devices == ["cpu"] * 2  # when resuming, and for the best one at the end
 
@@ -296,7 +298,7 @@ class More(SFTTrainer):
     """Writes files of its own beside the Trainer's: before, with and after them."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         folder.mkdir(parents=True)
         (folder / "before").write_text("b")
         super()._save_checkpoint(model, trial)
@@ -311,7 +313,7 @@ class Alone(SFTTrainer):
     """Writes checkpoints all by itself."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         self.save_model(str(folder), _internal_call=True)
         (folder / "own").write_text("o")
 
@@ -329,7 +331,7 @@ def test_a_checkpoint_is_in_its_place_before_it_is_pushed(tmp_path: Path) -> Non
 
     class Pushing(SFTTrainer):
         def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-            pushed.append(sorted(os.listdir(checkpoint_folder)))
+            pushed.append({path.name for path in Path(checkpoint_folder).iterdir()})
 
     trainer = build(tmp_path, trainer_class=Pushing)
     trainer.args.push_to_hub = True
