@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from oomguard import oom, rng
 from oomguard.levers import loss, metrics, outputs
@@ -37,6 +37,7 @@ class Evaluation:
         """Start with whole batches."""
         self._trainer = trainer
         self._outside = outside
+        self._inside = False
         self._watch: AllocationRetry | None = None
         self._form: SplitLoss | None = None
         self._limit: int | None = None  # padded tokens of a pass
@@ -50,17 +51,19 @@ class Evaluation:
             phase: `"evaluate"` or `"predict"`.
             run: The trainer's own `evaluation_loop`.
         """
-        if self._watch is not None:  # metrics that predict by themselves
+        if self._inside:  # metrics that predict by themselves
             return run()
-        self._form = None  # of the loss that this loop asks for
+        self._inside, self._form = True, None  # the form of the loss that this loop asks for
         try:
             with self._outside.watch(phase) as self._watch:
                 return run()
         finally:
-            self._watch = None
+            self._inside, self._watch = False, None
 
     def step(self, run: RunStep, inputs: Any) -> tuple[Any, ...]:
         """Loss, logits and labels of one batch, as `run(inputs)` would give them."""
+        if not self._inside:  # called by hand
+            return cast("tuple[Any, ...]", self.loop("predict", lambda: self.step(run, inputs)))
         if self._watch is not None:
             self._watch.spill = True  # what is made from here on is temporary; the model is placed
         tries = 0
@@ -124,8 +127,10 @@ class Evaluation:
 
     def _passes(self, inputs: Any) -> list[Any]:
         """The passes of a batch: itself where it fits the limit or cannot be cut."""
+        if self._limit is None or self._refusal:
+            return [inputs]
         shape = measure(inputs)
-        if self._limit is None or self._refusal or shape is None or shape.tokens <= self._limit:
+        if shape is None or shape.tokens <= self._limit:
             return [inputs]
         try:
             return split(inputs, self._limit)

@@ -423,3 +423,19 @@ def test_every_allocation_of_an_evaluation_may_fail(
     with capsys.disabled():
         print(f"\n{kind}: {count} allocations failed one by one")
     assert not found, Counter(found.values())
+
+
+def test_a_batch_predicted_by_hand_is_split_too(tmp_path: Path) -> None:
+    plain, trainer = causal_lm(tmp_path), shorten(causal_lm(tmp_path), most=2)
+    results = []
+    for each in (plain, trainer):
+        batch = next(iter(each.get_eval_dataloader()))
+        each.model.eval()
+        with oomguard.Guard(each) as guard:
+            results.append(each.prediction_step(each.model, batch, prediction_loss_only=False))
+        expected = [] if each is plain else ["eval batch 8 -> 4", "eval batch 4 -> 2"]
+        assert changes(guard.report) == expected
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert guard.report.recoveries[0].event.phase == "predict"
+    assert guard.report.recoveries[0].event.rows == 8
