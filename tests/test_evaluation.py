@@ -50,11 +50,12 @@ class Device:
     Attributes:
         most: Rows, or documents of a packed row, that it holds at once.
         failing: Numbers of calls that fail whatever they hold, counted from 1.
+        at: Which allocation of a call fails.
         met: How many calls have failed.
     """
 
     def __init__(self, most: int, failing: tuple[int, ...] = ()) -> None:
-        self.most, self.failing = most, failing
+        self.most, self.failing, self.at = most, failing, 20
         self.calls = self.met = 0
 
     def fails(self, inputs: Any) -> bool:
@@ -71,7 +72,7 @@ class Short(Trainer):
     device: Device
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with VirtualCard(fail_at=20 if self.device.fails(inputs) else 10**9):
+        with VirtualCard(fail_at=self.device.at if self.device.fails(inputs) else 10**9):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
 
@@ -388,7 +389,11 @@ def faults_that_show(
     return found
 
 
-EVERY = {"causal": causal_lm, "SFT": sft_rows, "generated": summarizer}
+EVERY: dict[str, Callable[[Path], Any]] = {
+    "causal": causal_lm,
+    "SFT with logits": KINDS["SFT with logits"],
+    "generated": summarizer,
+}
 
 
 def allocations(build: Callable[[], Any], expected: dict[str, float]) -> int:
@@ -439,3 +444,39 @@ def test_a_batch_predicted_by_hand_is_split_too(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert guard.report.recoveries[0].event.phase == "predict"
     assert guard.report.recoveries[0].event.rows == 8
+
+
+def test_what_is_sampled_is_the_same_after_a_second_try(tmp_path: Path) -> None:
+    def build() -> Any:
+        return summarizer(tmp_path, per_device_eval_batch_size=1)
+
+    plain, trainer = build(), shorten(build(), 8, 1, 5)
+    trainer.device.at = 900  # when some tokens have been drawn
+    results = []
+    for each in (plain, trainer):
+        tf.set_seed(1)
+        with oomguard.Guard(each) as guard:
+            results.append(each.predict(each.eval_dataset, do_sample=True).predictions)
+        results.append(torch.get_rng_state().numpy())
+    assert changes(guard.report) == [None, None]
+    np.testing.assert_array_equal(results[0], results[2])
+    np.testing.assert_array_equal(results[1], results[3])
+    assert len(np.unique(results[0])) > 10
+
+
+def test_a_second_try_is_given_the_batch_as_it_was(tmp_path: Path) -> None:
+    class Popping(Trainer):
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs["labels"] = inputs["labels"].roll(1, 0)
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    results = []
+    for failing in ((), (1, 2)):
+        trainer = kinds.make(tmp_path, Popping, **EVALUATED)
+        trainer.eval_dataset = kinds.encoded(8)
+        mutating = type("Mutating", (Popping, Short, Trainer), {})
+        trainer.__class__ = mutating
+        trainer.device = Device(8, failing)
+        with oomguard.Guard(trainer):
+            results.append(numbers(trainer.evaluate()))
+    assert_close(*results)

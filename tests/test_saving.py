@@ -409,3 +409,20 @@ def test_plain_trainers_checkpoints_are_staged_too() -> None:
     assert order == [*parts, "save_to_json", "_push_from_checkpoint"], (
         "Trainer._save_checkpoint writes other parts or in another order: see saving.Staging"
     )
+
+
+def test_no_checkpoint_is_deleted_under_its_own_name(tmp_path: Path) -> None:
+    deleted: list[str] = []
+    watching = True
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "shutil.rmtree":
+            deleted.append(str(arguments[0]))
+
+    sys.addaudithook(audit)  # for good: there is no way to take one back
+    changes: dict[str, Any] = {"max_steps": 4, "save_total_limit": 1, "eval_strategy": "no"}
+    oomguard.fit(build(tmp_path, load_best_model_at_end=False, **changes))
+    watching = False
+    assert steps(tmp_path) == ["checkpoint-4"]
+    assert deleted
+    assert {Path(path).name for path in deleted} == {STAGING}
