@@ -480,3 +480,11 @@ def test_a_second_try_is_given_the_batch_as_it_was(tmp_path: Path) -> None:
         with oomguard.Guard(trainer):
             results.append(numbers(trainer.evaluate()))
     assert_close(*results)
+
+
+def test_a_forward_pass_is_split_not_computed_on_the_cpu(tmp_path: Path) -> None:
+    expected = numbers(causal_lm(tmp_path).evaluate())
+    trainer = causal_lm(tmp_path)
+    with VirtualCard(fail_at=100), oomguard.Guard(trainer) as guard:
+        assert_close(numbers(trainer.evaluate()), expected)
+    assert changes(guard.report) == ["eval batch 8 -> 4"]
