@@ -116,7 +116,11 @@ class Descent:
         return Reached(report.initial_plan, report.plan, tuple(report.recoveries), form)
 
     def record(
-        self, event: OOMEvent, taken: tuple[RungLike, Plan] | None, seconds_lost: float
+        self,
+        event: OOMEvent,
+        taken: tuple[RungLike, Plan] | None,
+        seconds_lost: float,
+        change: str | None = None,
     ) -> None:
         """Add the recovery to the report and log its line."""
         rung, before = taken if taken is not None else (None, self.plan)
@@ -127,6 +131,7 @@ class Descent:
             before=before,
             after=self.plan,
             seconds_lost=seconds_lost,
+            change=change,
         )
         self._report.recoveries.append(recovery)
         logger.warning("%s", recovery.log_line())

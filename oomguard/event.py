@@ -12,8 +12,10 @@ class OOMEvent:
 
     Attributes:
         phase: Where: `"fetch"`, `"forward"`, `"backward"`, `"clip"`, `"optimizer"` or
-            `"bookkeeping"`.
-        step: The optimizer step that was being made, counted from 1.
+            `"bookkeeping"`; outside of a step `"setup"`, `"evaluate"`, `"predict"`, `"save"` or
+            `"load"`.
+        step: The optimizer step that was being made, counted from 1; in `"evaluate"`, `"predict"`,
+            `"save"` and `"load"` the last one that was complete.
         micro_batch: Which batch of that optimizer step, counted from 0.
         rows: Rows (or documents of a packed row) of the pass that failed.
         width: Its padded columns (or its longest document).

@@ -16,6 +16,7 @@ from oomguard.descent import Descent
 from oomguard.errors import ConfigurationError, UnsupportedTrainerError
 from oomguard.ladder import Ladder
 from oomguard.levers.live import Levers, optim_name, read_plan
+from oomguard.outside import Outside
 from oomguard.plan import Plan
 from oomguard.report import Report, Status
 from oomguard.rung import rung_name
@@ -106,8 +107,9 @@ class Guard:
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
         self._descent = Descent(self._ladder, levers, self.report)
         transaction = StepTransaction(self._trainer, levers, self._descent)
+        outside = Outside(self._trainer, self._descent)
         course = hooks.Course(self._begin, self._resume)
-        self._hooks = hooks.install(self._trainer, transaction, course)
+        self._hooks = hooks.install(self._trainer, transaction, outside, course)
         self._state = OomguardState.of(self._descent.reached)
         self._trainer.add_callback(self._state)
         self._began = time.perf_counter()
@@ -146,7 +148,7 @@ class Guard:
         self.report.train_output = self._hooks.train_output
         del self._hooks, self._descent  # they hold the last batches
         self.report.status = _status(error)
-        self.report.error = None if error is None else f"{type(error).__name__}: {error}"
+        self.report.error = None if error is None else _told(error)
         if not self._trainer.is_world_process_zero():
             return
         path = Path(self._trainer.args.output_dir) / REPORT_NAME
@@ -157,6 +159,10 @@ class Guard:
         console = Console()
         if console.is_terminal or console.is_jupyter:
             console.print(self.report)
+
+
+def _told(error: BaseException) -> str:
+    return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def _status(error: BaseException | None) -> Status:

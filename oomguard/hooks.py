@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from peft import PeftModel
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from oomguard import saving
+from oomguard.callbacks import name_callback
+from oomguard.evaluation import Evaluation
 from oomguard.feed import Feed
 from oomguard.levers.adapter import inner_optimizer
 from oomguard.levers.paging import page_again
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from oomguard.oom import OOMFacts
+    from oomguard.outside import Outside
     from oomguard.step import StepTransaction
 
 
@@ -40,10 +47,15 @@ class Course:
 class Hooks:
     """What the intercepted methods work with, and what they have put on other objects."""
 
-    def __init__(self, trainer: Any, transaction: StepTransaction, course: Course) -> None:
-        """Take the trainer, the transaction that its steps run in, and where a run begins."""
+    def __init__(
+        self, trainer: Any, transaction: StepTransaction, outside: Outside, course: Course
+    ) -> None:
+        """Take the trainer, the transaction of its steps, what is around them, and the start."""
         self.transaction = transaction
+        self.outside = outside
         self.course = course
+        self.evaluation = Evaluation(trainer, outside)
+        self.staging = saving.Staging()
         self.feed = Feed(transaction.make_room)
         self.atomic_step = AtomicStep(transaction.make_room, transaction.relieve)
         self.setup = ExitStack()
@@ -57,6 +69,7 @@ class Hooks:
             "type[RetriedScalar]",
             type("RetriedScalar", (RetriedScalar,), {"make_room": transaction.make_room}),
         )
+        self._intercept(trainer.callback_handler, "call_event", name_callback)
 
     def batches(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """The epoch's batches made safe; one and the same iterator per epoch."""
@@ -79,10 +92,37 @@ class Hooks:
     def train(self, train: Callable[[], Any]) -> Any:
         """`train()`; what happens before the first step is protected operation by operation."""
         self.transaction.phase = "setup"
+        saving.clean(Path(self._trainer._get_output_dir(None)))
         with self.setup:
-            self.setup.enter_context(AllocationRetry(self.transaction.make_room))
+            self.setup.enter_context(AllocationRetry(self.make_room))
             self.train_output = train()
             return self.train_output
+
+    def make_room(self, facts: OOMFacts, failures: int) -> None:
+        """Room before the first step, where a checkpoint may be loaded."""
+        owner = self.transaction if self.outside.phase is None else self.outside
+        owner.make_room(facts, failures)
+
+    def save(self, write: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> None:
+        """`write(folder, ...)`, to where the parts of a checkpoint wait for each other."""
+        write = functools.partial(write, self.staging.redirect(folder), *args, **kwargs)
+        self.outside.protect("save", write, spill=True)
+
+    def load(self, read: Callable[..., Any], *args: Any) -> None:
+        """`read(...)`, a part of a checkpoint: what it allocates stays on the device."""
+        model = self._trainer.model
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        before = len(self._undo)
+        if isinstance(model, PeftModel):
+            self._intercept(model, "load_adapter", _through_cpu)
+        try:
+            self.outside.protect("load", functools.partial(read, *args))
+        finally:
+            self._undo_to(before)
+        for name, p in model.named_parameters():
+            # PEFT loads adapters in 16 bits as float32 ones, which train otherwise.
+            if p.dtype != dtypes.get(name, p.dtype):
+                p.data = p.data.to(dtypes[name])
 
     def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.protect("clip", functools.partial(clip, *args, **kwargs), spill=True)
@@ -113,17 +153,25 @@ class Hooks:
         restore = functools.partial(setattr, owner, name, own)
         self._undo.append(restore if own is not None else functools.partial(delattr, owner, name))
 
+    def _undo_to(self, count: int) -> None:
+        while len(self._undo) > count:
+            self._undo.pop()()
+
     def remove(self) -> None:
         """Leave loader, accelerator, optimizer and loss as they were."""
         self.setup.close()
         self.feed.detach()
-        while self._undo:
-            self._undo.pop()()
+        self._undo_to(0)
         self.loss_class.make_room = None
         running_loss = getattr(self._trainer, "_tr_loss", None)
         if isinstance(running_loss, RetriedScalar):
             self._trainer._tr_loss = running_loss.plain()
         self._source = None
+
+
+def _through_cpu(load_adapter: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT would read the file to the device, beside the weights that it is copied to."""
+    return load_adapter(*args, **{"torch_device": "cpu", **kwargs})
 
 
 class GuardedTrainer(Trainer):
@@ -137,22 +185,68 @@ class GuardedTrainer(Trainer):
         hooks.course.start(bool(resume_from_checkpoint))
         return hooks.train(functools.partial(original, resume_from_checkpoint, *args, **kwargs))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> Any:
-        """Load weights into the shapes that they were saved in."""
-        self._oomguard.course.resume(Path(resume_from_checkpoint))
-        mine: Any = self.model
-        dtypes = {name: p.dtype for name, p in mine.named_parameters()}
-        result = super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, p in mine.named_parameters():
-            # PEFT loads adapters in 16 bits as float32 ones, which train otherwise.
-            if p.dtype != dtypes.get(name, p.dtype):
-                p.data = p.data.to(dtypes[name])
-        return result
-
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; `eval_on_start` does so before the first step."""
         self._oomguard.setup.close()
         return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; a callback may do so before the first step."""
+        self._oomguard.setup.close()
+        return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict, moving what piles up to the host when memory runs out."""
+        run = functools.partial(super().evaluation_loop, dataloader, description, *args, **kwargs)
+        phase = "predict" if description == "Prediction" else "evaluate"
+        return self._oomguard.evaluation.loop(phase, run)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, in passes when memory runs out."""
+        original = super().prediction_step
+        return self._oomguard.evaluation.step(
+            lambda batch: original(model, batch, *args, **kwargs), inputs
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        hooks = self._oomguard
+        write = functools.partial(super()._save_checkpoint, model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial), name)
+        with ExitStack() as stack:
+            if saving.can_stage(self):
+                stack.enter_context(hooks.staging.checkpoint(folder, self))
+            stack.enter_context(hooks.outside.watch("save", spill=True))
+            write()
+
+    def save_model(self, output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Save the weights, by way of the host when memory runs out."""
+        self._oomguard.save(super().save_model, output_dir, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._oomguard.save(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self._oomguard.save(super()._save_scaler, output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._oomguard.save(super()._save_rng_state, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._oomguard.course.resume(Path(resume_from_checkpoint))
+        self._oomguard.load(super()._load_from_checkpoint, resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._oomguard.load(super()._load_optimizer_and_scheduler, checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        self._oomguard.load(super()._load_scaler, checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._oomguard.load(super()._load_rng_state, checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._oomguard.load(super()._load_best_model)
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own loader, made to survive an out-of-memory while it is read."""
@@ -216,12 +310,12 @@ INTERCEPTED = tuple(name for name, value in vars(GuardedTrainer).items() if call
 """Names that a trainer object must not have itself: they would stand in front of its class."""
 
 
-def install(trainer: Any, transaction: StepTransaction, course: Course) -> Hooks:
+def install(trainer: Any, transaction: StepTransaction, outside: Outside, course: Course) -> Hooks:
     """Put `GuardedTrainer` in front of the trainer's class."""
     own = type(trainer)
     guarded = type(own.__name__, (GuardedTrainer, own), {"__doc__": own.__doc__})
     guarded.__module__, guarded.__qualname__ = own.__module__, own.__qualname__
-    trainer._oomguard = hooks = Hooks(trainer, transaction, course)
+    trainer._oomguard = hooks = Hooks(trainer, transaction, outside, course)
     trainer.__class__ = guarded
     return hooks
 

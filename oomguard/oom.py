@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from oomguard.errors import LadderExhaustedError
+from oomguard.event import OOMEvent
+from oomguard.memory import device
 from oomguard.memory.size import parse_bytes
 
 # Texts of errors that are an out-of-memory although their type does not say so. They are matched
@@ -107,6 +109,34 @@ def caught(error: BaseException) -> OOMFacts:
         raise error
     release(error)
     return facts
+
+
+def event_of(
+    facts: OOMFacts,
+    *,
+    phase: str,
+    step: int,
+    micro_batch: int | None = None,
+    rows: int | None = None,
+    width: int | None = None,
+    tokens: int | None = None,
+) -> OOMEvent:
+    """The event of a failure: what the error says, where it was, and what the device reads now."""
+    allocated, reserved = device.allocated_and_reserved_bytes()
+    return OOMEvent(
+        phase=phase,
+        step=step,
+        micro_batch=micro_batch,
+        rows=rows,
+        width=width,
+        tokens=tokens,
+        asked_bytes=facts.asked_bytes,
+        free_bytes=facts.free_bytes,
+        total_bytes=facts.total_bytes,
+        allocated_bytes=facts.allocated_bytes or allocated,
+        reserved_bytes=facts.reserved_bytes or reserved,
+        message=facts.message,
+    )
 
 
 def _read(pattern: re.Pattern[str], text: str) -> int | None:

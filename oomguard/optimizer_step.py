@@ -96,8 +96,8 @@ class AtomicStep:
                     )
                     raise OomguardError(msg)
                 self._make_room(facts, 1)
-        if retry.spilled is not None:
-            self._relieve(retry.spilled)
+        if retry.failure is not None:
+            self._relieve(retry.failure)
         return result
 
 

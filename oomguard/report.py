@@ -50,6 +50,7 @@ class Recovery:
         before: The plan that failed.
         after: The plan that the step went on with.
         seconds_lost: Work thrown away plus clean-up, in seconds.
+        change: What was changed besides the plan, such as `"eval batch 8 -> 4"`.
     """
 
     event: OOMEvent
@@ -58,6 +59,7 @@ class Recovery:
     before: Plan
     after: Plan
     seconds_lost: float
+    change: str | None = None
 
     def log_line(self) -> str:
         """The recovery as one line; readings that could not be taken are left out."""
@@ -65,7 +67,7 @@ class Recovery:
         known = [f"{name} {format_bytes(n)}" for name, n in readings.items() if n is not None]
         sizes = f" ({', '.join(known)})" if known else ""
         if self.rung is None:
-            action = "released memory and tried again, plan unchanged"
+            action = f"{self.change or 'released memory and tried again'}, plan unchanged"
         else:
             fidelity = f" ({self.fidelity.value})" if self.fidelity is not None else ""
             action = f"{self.rung}{fidelity}, {self.before.describe_change(self.after)}"
@@ -87,6 +89,7 @@ class Recovery:
             before=Plan.from_dict(values["before"]),
             after=Plan.from_dict(values["after"]),
             seconds_lost=values["seconds_lost"],
+            change=values.get("change"),  # not in files of earlier versions
         )
 
 
@@ -267,8 +270,10 @@ def _cells(recovery: Recovery, wide: bool) -> tuple[str, ...]:
     return (
         *_pair(str(event.step), event.phase, wide),
         *_pair(asked, free, wide),
-        *_pair(recovery.rung or "released memory", fidelity, wide),
-        _settings(recovery.before, recovery.after) or "plan unchanged",
+        *_pair(
+            recovery.rung or (_UNKNOWN if recovery.change else "released memory"), fidelity, wide
+        ),
+        recovery.change or _settings(recovery.before, recovery.after) or "plan unchanged",
         f"{recovery.seconds_lost:.1f} s",
     )
 

@@ -8,10 +8,11 @@ goes on as if the operation had been slow. Nothing is copied and nothing is undo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils._python_dispatch import (
@@ -58,6 +59,11 @@ def release_at_most(times: int) -> MakeRoom:
     return make_room
 
 
+def watched() -> bool:
+    """Whether operations run inside an `AllocationRetry`."""
+    return any(isinstance(mode, AllocationRetry) for mode in _get_current_dispatch_mode_stack())
+
+
 def again(
     make_room: MakeRoom, action: Callable[[], T], undo: Callable[[], None] = lambda: None
 ) -> T:
@@ -85,18 +91,21 @@ class AllocationRetry(TorchDispatchMode):
 
     Attributes:
         mutations: How many operations that change one of their arguments have run.
-        spilled: The failure for which operations were moved to the host; `None` if none was.
+        spill: As given; may be set while entered.
+        spilled: Whether something was computed on the host.
+        failure: The last failure for which that was done.
     """
 
     def __init__(self, make_room: MakeRoom, *, spill: bool = False) -> None:
         super().__init__()
         self._make_room = make_room
-        self._spill = spill
+        self.spill = spill
         self.mutations = 0
-        self.spilled: oom.OOMFacts | None = None
+        self.spilled = False
+        self.failure: oom.OOMFacts | None = None
         self._stopped: BaseException | None = None
-        # Keeps the host results alive: their ids tell which later operations must follow them.
-        self._on_host: dict[int, torch.Tensor] = {}
+        # By id, which lasts as long as the tensor: they tell which later operations follow them.
+        self._on_host: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
 
     def __torch_dispatch__(
         self,
@@ -119,16 +128,17 @@ class AllocationRetry(TorchDispatchMode):
                 return result
             put_back_random_state()
             failures += 1
-            if self._spill and (self.spilled or failures > 1):
-                self.spilled = facts  # no room for one: not for the next one of this region either
+            if self.spill and (self.spilled or failures > 1):
+                # No room for one: not for the next one of this region either.
+                self.spilled, self.failure = True, facts
                 break
             try:
                 self._make_room(facts, failures)
             except BaseException as error:
-                if not self._spill:
+                if not self.spill:
                     raise
                 # What is under way is finished first, on the host: it must not stay half done.
-                self._stopped, self.spilled = error, facts
+                self._stopped, self.spilled, self.failure = error, True, facts
                 break
         self.mutations += func._schema.is_mutable
         return self._run_on_host(func, args, kwargs)
@@ -138,6 +148,30 @@ class AllocationRetry(TorchDispatchMode):
         super().__exit__(*exc_info)
         if self._stopped is not None and exc_info[0] is None:
             raise self._stopped
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which operations run as if this had not been entered."""
+        if _get_current_dispatch_mode_stack()[-1:] != [self]:
+            yield
+            return
+        super().__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            super().__enter__()
+
+    def to_host(self, value: Any) -> Any:
+        """A copy of nested tensors on the host, where what is computed with them is too."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            with off_card():
+                copy = tensor.detach().to("cpu", copy=True)
+            self._on_host[id(copy)] = copy
+            return copy
+
+        self.spilled = True
+        return tree_map_only(torch.Tensor, move, value)
 
     def _follows_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not self._on_host:

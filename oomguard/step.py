@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oomguard import oom, rng
-from oomguard.event import OOMEvent
 from oomguard.feed import fetch
 from oomguard.levers import metrics
 from oomguard.levers.batch import CannotActError, Shape, measure, token_ids
@@ -23,6 +22,7 @@ from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
     from oomguard.descent import Descent
+    from oomguard.event import OOMEvent
     from oomguard.plan import Plan
     from oomguard.rung import RungLike
 
@@ -275,18 +275,12 @@ class StepTransaction:
 
     def _event(self, facts: oom.OOMFacts, index: int) -> OOMEvent:
         shape = self._shape()
-        allocated, reserved = device.allocated_and_reserved_bytes()
-        return OOMEvent(
+        return oom.event_of(
+            facts,
             phase=self.phase,
             step=self._trainer.state.global_step + 1,
             micro_batch=index if self._window.batches else None,
             rows=None if shape is None else shape.units,
             width=None if shape is None else shape.width,
             tokens=None if shape is None else shape.tokens,
-            asked_bytes=facts.asked_bytes,
-            free_bytes=facts.free_bytes,
-            total_bytes=facts.total_bytes,
-            allocated_bytes=facts.allocated_bytes or allocated,
-            reserved_bytes=facts.reserved_bytes or reserved,
-            message=facts.message,
         )

@@ -158,8 +158,9 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
-    "_load_best_model": lambda: parameters(Trainer._load_best_model) == [],
-    "_load_rng_state": lambda: parameters(Trainer._load_rng_state) == ["checkpoint"],
+    "_get_output_dir": lambda: (
+        list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
+    ),
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},

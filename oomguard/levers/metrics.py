@@ -54,23 +54,24 @@ def _refill(container: Any, content: Any) -> None:
     (container.update if isinstance(container, dict) else container.extend)(content)
 
 
-def lengths(trainer: Any) -> dict[str, int]:
-    """Entries of each of TRL's training metrics; empty for other trainers."""
+def lengths(trainer: Any, mode: str = "train") -> dict[str, int]:
+    """Entries of each of TRL's metrics of `"train"` or `"eval"`; empty for other trainers."""
     metrics = getattr(trainer, "_metrics", None)
-    train = metrics.get("train") if isinstance(metrics, dict) else None
-    return {key: len(values) for key, values in train.items()} if isinstance(train, dict) else {}
+    own = metrics.get(mode) if isinstance(metrics, dict) else None
+    return {key: len(values) for key, values in own.items()} if isinstance(own, dict) else {}
 
 
-def merge(trainer: Any, before: dict[str, int], weights: list[float]) -> None:
+def merge(trainer: Any, before: dict[str, int], weights: list[float], mode: str = "train") -> None:
     """Turn the entries that the passes of one batch made into the one the whole batch makes.
 
     Args:
         trainer: The trainer, after the passes.
         before: `lengths` before them.
         weights: The share of each pass, adding up to 1.
+        mode: As in `lengths`.
     """
-    for key, length in lengths(trainer).items():
-        values = trainer._metrics["train"][key]
+    for key, length in lengths(trainer, mode).items():
+        values = trainer._metrics[mode][key]
         start = before.get(key, 0)
         if length - start == len(weights) > 1:
             values[start:] = [sum(w * v for w, v in zip(weights, values[start:], strict=True))]
