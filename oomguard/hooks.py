@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import Trainer
 
 from oomguard.feed import Feed
+from oomguard.levers import tokens
 from oomguard.optimizer_step import AtomicStep
 from oomguard.retry import AllocationRetry, RetriedScalar
 
@@ -86,17 +87,21 @@ class Hooks:
         restore = functools.partial(setattr, owner, name, own)
         self._undo.append(restore if own is not None else functools.partial(delattr, owner, name))
 
-    def remove(self) -> None:
-        """Leave loader, accelerator, optimizer and loss as they were."""
-        self.setup.close()
+    def restore(self) -> None:
+        """Leave loader, accelerator and optimizer as they were; the next epoch begins anew."""
         self.feed.detach()
         while self._undo:
             self._undo.pop()()
+        self._source = None
+
+    def remove(self) -> None:
+        """Leave all that has been intercepted as it was, and the loss."""
+        self.setup.close()
+        self.restore()
         self.loss_class.make_room = None
         running_loss = getattr(self._trainer, "_tr_loss", None)
         if isinstance(running_loss, RetriedScalar):
             self._trainer._tr_loss = running_loss.plain()
-        self._source = None
 
 
 class GuardedTrainer(Trainer):
@@ -107,6 +112,7 @@ class GuardedTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what happens before the first step is protected operation by operation."""
         hooks = self._oomguard
+        hooks.restore()  # a second training prepares the optimizer of the first one again
         hooks.transaction.phase = "setup"
         with hooks.setup:
             hooks.setup.enter_context(AllocationRetry(hooks.transaction.make_room))
@@ -140,13 +146,16 @@ class GuardedTrainer(Trainer):
     ) -> torch.Tensor:
         """Run one batch of the window, redoing the window when memory runs out."""
         hooks = self._oomguard
-        original = super().training_step
+        original, begun = super().training_step, hooks.transaction.begun()
         hooks.running = True
         try:
             loss = hooks.transaction.run(lambda batch, num_items: original(model, batch, num_items))
         finally:
             hooks.running = False
         hooks.transaction.phase = "bookkeeping"
+        if tokens.counted_in_the_loop():
+            for old, new in zip(begun, hooks.transaction.begun(), strict=False):
+                hooks.protect("bookkeeping", functools.partial(tokens.recount, self, old, new))
         return hooks.loss_class.of(loss)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

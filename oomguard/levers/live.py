@@ -105,6 +105,9 @@ class Levers:
             return f"no lever changes {', '.join(sorted(unknown))} of a live trainer"
         if "gradient_checkpointing" in changed:
             reason = activations.refusal(self._trainer)
+            if reason is None and window.batches:
+                batch, items = window.batches[index], window.num_items
+                reason = loss.needs_cache(self._trainer, self._compute_loss, batch, items)
             if reason is not None:
                 return reason
         if "max_length" in changed:
