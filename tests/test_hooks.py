@@ -170,7 +170,10 @@ def test_accelerates_loader_moves_batches_by_its_device_alone() -> None:
 PRIVATE: dict[str, Callable[[], Any]] = {
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
+    "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
+    "_dispatch_tls_local_exclude_set": lambda: dispatches_as_before(),
+    "_dispatch_tls_local_include_set": lambda: dispatches_as_before(),
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
@@ -183,6 +186,12 @@ PRIVATE: dict[str, Callable[[], Any]] = {
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
 }
+
+
+def dispatches_as_before() -> bool:
+    found = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ForceDispatchKeyGuard(*found):
+        return (torch.ones(1, requires_grad=True) * 2).requires_grad
 
 
 def sees_nothing(context: Any) -> bool:
