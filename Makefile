@@ -2,7 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint format clean
+OLDEST := .venv-oldest/bin
+OLDEST_INSTALLED := .venv-oldest/.installed
+
+.PHONY: demo test test-slow test-oldest lint format clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/quickstart.py
@@ -12,6 +15,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
+
+test-oldest: $(OLDEST_INSTALLED)
+	@$(OLDEST)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet
@@ -24,11 +30,17 @@ format: $(INSTALLED)
 
 clean:
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist outputs
-	@find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Written last, so that an interrupted install starts again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; this downloads PyTorch if it is not at hand)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev,report]" -c constraints.txt
+	@touch $@
+
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+	@echo "Setting up .venv-oldest (once; this downloads PyTorch if it is not at hand)"
+	@test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	@$(OLDEST)/python -m pip install -qq --disable-pip-version-check -e ".[test,report]" -c constraints-oldest.txt
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from oomguard import oom, rng
@@ -119,7 +120,7 @@ class Evaluation:
             done.append((own, *others))
         with paused():
             total = self._loss(run, [entry[0] for entry in done], passes, inputs)
-        metrics.merge(self._trainer, before, loss.shares(passes, "token"), "eval")
+        metrics.merge(self._trainer, before, partial(loss.shares, passes), "eval")
         fill = outputs.fill_token(self._trainer)
         _, *gathered = zip(*done, strict=True)
         joined = (outputs.join(parts, passes, fill) for parts in gathered)

@@ -16,6 +16,7 @@ from oomguard import saving
 from oomguard.callbacks import name_callback
 from oomguard.evaluation import Evaluation
 from oomguard.feed import Feed
+from oomguard.levers import tokens
 from oomguard.levers.adapter import inner_optimizer
 from oomguard.levers.paging import page_again
 from oomguard.optimizer_step import AtomicStep
@@ -91,6 +92,7 @@ class Hooks:
 
     def train(self, train: Callable[[], Any]) -> Any:
         """`train()`; what happens before the first step is protected operation by operation."""
+        self.restore()  # a second training prepares the optimizer of the first one again
         self.transaction.phase = "setup"
         saving.clean(Path(self._trainer._get_output_dir(None)))
         with self.setup:
@@ -157,16 +159,20 @@ class Hooks:
         while len(self._undo) > count:
             self._undo.pop()()
 
-    def remove(self) -> None:
-        """Leave loader, accelerator, optimizer and loss as they were."""
-        self.setup.close()
+    def restore(self) -> None:
+        """Leave loader, accelerator and optimizer as they were; the next epoch begins anew."""
         self.feed.detach()
         self._undo_to(0)
+        self._source = None
+
+    def remove(self) -> None:
+        """Leave all that has been intercepted as it was, and the loss."""
+        self.setup.close()
+        self.restore()
         self.loss_class.make_room = None
         running_loss = getattr(self._trainer, "_tr_loss", None)
         if isinstance(running_loss, RetriedScalar):
             self._trainer._tr_loss = running_loss.plain()
-        self._source = None
 
 
 def _through_cpu(load_adapter: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -270,13 +276,16 @@ class GuardedTrainer(Trainer):
     ) -> torch.Tensor:
         """Run one batch of the window, redoing the window when memory runs out."""
         hooks = self._oomguard
-        original = super().training_step
+        original, begun = super().training_step, hooks.transaction.begun()
         hooks.running = True
         try:
             loss = hooks.transaction.run(lambda batch, num_items: original(model, batch, num_items))
         finally:
             hooks.running = False
         hooks.transaction.phase = "bookkeeping"
+        if tokens.counted_in_the_loop():
+            for old, new in zip(begun, hooks.transaction.begun(), strict=False):
+                hooks.protect("bookkeeping", functools.partial(tokens.recount, self, old, new))
         return hooks.loss_class.of(loss)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

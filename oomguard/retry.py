@@ -133,7 +133,9 @@ class AllocationRetry(TorchDispatchMode):
                 self.spilled, self.failure = True, facts
                 break
             try:
-                self._make_room(facts, failures)
+                # As outside of any operation: what makes room may run a model, which may use vmap.
+                with torch._C._ForceDispatchKeyGuard(*self._keys):
+                    self._make_room(facts, failures)
             except BaseException as error:
                 if not self.spill:
                     raise
@@ -142,6 +144,14 @@ class AllocationRetry(TorchDispatchMode):
                 break
         self.mutations += func._schema.is_mutable
         return self._run_on_host(func, args, kwargs)
+
+    def __enter__(self) -> Any:
+        state = torch._C
+        self._keys = (
+            state._dispatch_tls_local_include_set(),
+            state._dispatch_tls_local_exclude_set(),
+        )
+        return super().__enter__()
 
     def __exit__(self, *exc_info: Any) -> Any:
         self._on_host.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,7 +192,7 @@ class StepTransaction:
             loss = run_batch(part, num_items)
             total = loss if total is None else total + loss
         self._weight = None
-        metrics.merge(self._trainer, before, shares(passes, "token"))  # what TRL's are means over
+        metrics.merge(self._trainer, before, partial(shares, passes))
         assert total is not None  # noqa: S101 - a batch has at least one pass
         return total
 
@@ -234,6 +235,10 @@ class StepTransaction:
                 changes += [(old, -1), (new, 1)]
         self._counted[name] = batches[: len(counted) + 1]
         return changes
+
+    def begun(self) -> list[Any]:
+        """The window's batches that have been run, and the one that is next."""
+        return self._window.batches[: len(self._reported) + 1]
 
     def weighted(self, loss: Any) -> Any:
         """A pass's loss, or `(loss, outputs)`, multiplied by its share of the batch."""

@@ -65,7 +65,9 @@ def make(
     values = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
     return trainer_class(
         model=tiny.llama() if model is None else model,
-        args=TrainingArguments(**{"output_dir": str(folder), **values, **QUIET, **changes}),
+        args=TrainingArguments(
+            **tiny.as_named_here({"output_dir": str(folder), **values, **QUIET, **changes})
+        ),
         train_dataset=encoded() if rows is None else rows,
         data_collator=collator,
     )

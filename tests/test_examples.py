@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from oomguard.report import Report
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart.py"
@@ -42,6 +43,7 @@ def test_an_example_has_at_most_60_lines(example: Path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 60
 
 
+@tiny.needs_activation_checkpointing
 def test_the_quickstart_takes_every_rung_and_learns(tmp_path: Path) -> None:
     done = run_quickstart(tmp_path)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,8 +15,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from oomguard.levers import activations, metrics
-from oomguard.levers.batch import count_targets
+from oomguard.levers import activations, loss, metrics
 from oomguard.levers.live import Levers, read_plan
 from oomguard.levers.micro_batch import split
 from oomguard.testing import VirtualCard
@@ -95,6 +95,7 @@ def test_checkpointing_that_args_ask_for_is_in_the_plan_before_training_begins(
     assert not read_plan(make(tmp_path)).gradient_checkpointing
 
 
+@tiny.needs_activation_checkpointing
 def test_every_second_layer_is_not_yet_all_of_them(tmp_path: Path) -> None:
     asked = {"every_n_layers": 2}
     changes: dict[str, Any] = {"activation_checkpointing_kwargs": asked, "max_steps": 1}
@@ -122,6 +123,22 @@ def test_the_users_arguments_for_checkpointing_are_kept(
     assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": bool(asked)}
 
 
+def test_reentrant_checkpoints_of_a_frozen_model_pass_the_gradients_on(tmp_path: Path) -> None:
+    kwargs = {"use_reentrant": True}
+    gradients = []
+    for checkpointed in (False, True):
+        trainer: Any = sft(tmp_path, activation_checkpointing_kwargs=kwargs)
+        if checkpointed:
+            activations.enable(trainer)
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, dict(window(trainer).batches[0])).backward()
+        trained = trainer.model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in trained if p.grad is not None})
+    assert len(gradients[1]) > 10
+    assert tiny.largest_difference(*gradients) <= 1e-7
+
+
+@tiny.needs_activation_checkpointing
 def test_checkpoints_that_the_user_keeps_on_the_host_stay_there(tmp_path: Path) -> None:
     asked = {"every_n_layers": 2, "offload": True}
     trainer = make(tmp_path, activation_checkpointing_kwargs=asked)
@@ -227,7 +244,6 @@ def test_merged_metrics_of_passes_are_those_of_the_whole_batch(tmp_path: Path) -
     whole, parted = sft(tmp_path), sft(tmp_path)
     batch = window(whole).batches[0]
     passes = split(batch, 96)
-    counts = [count_targets(part, shift=True) or 0 for part in passes]
     for trainer, parts in ((whole, [batch]), (parted, passes)):
         trainer.model.train()
         trainer._metrics["train"]["entropy"].append(3.0)
@@ -235,7 +251,7 @@ def test_merged_metrics_of_passes_are_those_of_the_whole_batch(tmp_path: Path) -
         for part in parts:
             trainer.compute_loss(trainer.model, dict(part))
         if trainer is parted:
-            metrics.merge(trainer, before, [count / sum(counts) for count in counts])
+            metrics.merge(trainer, before, partial(loss.shares, passes))
     merged = dict(parted._metrics["train"])
     assert len(passes) == 4
     assert merged == {

@@ -16,9 +16,9 @@ from datasets import Dataset
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from oomguard.levers import loss
+from oomguard.levers import activations, loss
 from oomguard.levers.batch import CannotActError
 from oomguard.levers.live import Levers, read_plan
 from oomguard.levers.micro_batch import split
@@ -50,6 +50,13 @@ def loss_of(trainer: Any, batch: dict[str, Any], num_items: Any) -> float:
         return float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items))
 
 
+def flat(folder: Path, use_cache: bool = False) -> Any:
+    """Packed rows; the Trainer of transformers 5 turns the cache off by itself."""
+    trainer = make(folder, collator=tf.DataCollatorWithFlattening())
+    trainer.model.config.use_cache = use_cache
+    return trainer
+
+
 class WithoutNumItems(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **_: Any) -> Any:
         return super().compute_loss(model, inputs, *args)
@@ -73,7 +80,7 @@ FORMS: dict[str, tuple[Any, str]] = {
     "gpt2": (gpt2, "sum"),
     "sft": (sft, "sum"),
     "packed": (partial(sft, packing=True), "sum"),
-    "flat": (partial(make, collator=tf.DataCollatorWithFlattening()), "sum"),
+    "flat": (flat, "sum"),
     "summed": (partial(make, trainer_class=Summed), "sum"),
     "no num_items": (partial(make, trainer_class=WithoutNumItems), "token"),
     "masked": (masked_lm, "unshifted token"),
@@ -134,6 +141,20 @@ def test_one_row_is_too_little_to_probe_but_its_windows_are_not(tmp_path: Path) 
     assert levers.split_loss.form == "sum"
 
 
+def test_documents_that_see_each_other_are_neither_split_nor_checkpointed(tmp_path: Path) -> None:
+    trainer = flat(tmp_path, use_cache=True)
+    with pytest.raises(CannotActError, match="neither the sum"):
+        probe(trainer)
+    plan, levers = read_plan(trainer), Levers(trainer, trainer.compute_loss)
+    after, known = replace(plan, gradient_checkpointing=True), window(trainer)
+    assert "set use_cache=False" in str(levers.refusal(plan, after, known, 0))
+    assert trainer.model.config.use_cache is True
+    activations.enable(trainer)  # has no cache, so they do not see each other
+    assert probe(trainer).form == "sum"
+    trainer = flat(tmp_path, use_cache=False)
+    assert Levers(trainer, trainer.compute_loss).refusal(plan, after, window(trainer), 0) is None
+
+
 def mixtral(router: bool) -> Any:
     config = tf.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
     config.output_router_logits = router
@@ -167,13 +188,21 @@ class OwnSFT(SFTTrainer):
     [
         (lambda folder: make(folder, model=mixtral(True)), "output_router_logits"),
         (lambda folder: make(folder, model=mixtral(False)), None),
-        (lambda folder: sft(folder, model=mixtral(False), lora=None), "output_router_logits"),
+        (lambda folder: sft(folder, model=mixtral(True), lora=None), "output_router_logits"),
         (lambda folder: make(folder, model=normed(nn.BatchNorm1d)), "model.norm is a BatchNorm1d"),
         (lambda folder: make(folder, model=normed(nn.LayerNorm)), None),
+        pytest.param(
+            lambda folder: sft(folder, model=mixtral(False), lora=None),
+            "output_router_logits",
+            marks=tiny.needs(SFTConfig, "router_aux_loss_coef"),  # which TRL sets by itself
+        ),
         (preferences, "TRL's DPOTrainer"),
         (lambda folder: sft(folder, trainer_class=OwnSFT), None),
     ],
-    ids=["moe", "moe without", "moe in sft", "batch norm", "layer norm", "dpo", "own sft"],
+    ids=[
+        *("moe", "moe without", "moe in sft", "batch norm", "layer norm"),
+        *("moe by default in sft", "dpo", "own sft"),
+    ],
 )
 def test_a_loss_that_needs_whole_batches_is_refused_by_name(
     tmp_path: Path, build: Any, reason: str | None

@@ -21,9 +21,9 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
-from oomguard.levers.batch import CannotActError, count_targets
+from oomguard.levers.batch import CannotActError, count_targets, document_starts
 from oomguard.levers.micro_batch import split
-from tests.test_batch import tokenizer
+from tests.test_batch import POSITIONS, tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ def texts(draw: st.DrawFn, shortest: int = 1) -> list[Text]:
 
 PADDED: dict[str, Collator] = {
     "trl": TRLCollator(pad_token_id=0),
-    "trl with positions": TRLCollator(0, return_position_ids=True, pad_to_multiple_of=8),
+    "trl with positions": TRLCollator(0, pad_to_multiple_of=8, **POSITIONS),
     "left": DataCollatorForSeq2Seq(tokenizer("left")),
     "right": DataCollatorForSeq2Seq(tokenizer("right"), pad_to_multiple_of=4),
 }
@@ -174,7 +174,7 @@ def test_padding_of_a_flat_batch_stays_with_its_last_document() -> None:
     first, last = split(FLAT["trl with padding"](texts), 5)
     assert first["input_ids"].tolist() == [[10, 11, 12, 13, 14]]
     assert last["input_ids"].tolist() == [[20, 21, 22, 23, 24, 0, 0, 0, 0, 0, 0]]
-    assert last["cu_seq_lens_q"].tolist() == [0, 5, 6, 7, 8, 9, 10, 11]
+    assert document_starts(last) == [0, 5, 6, 7, 8, 9, 10]
     assert len(split(FLAT["trl with padding"](texts[:1]), 1)) == 1
 
 

@@ -50,6 +50,26 @@ def test_only_the_operation_that_failed_is_repeated() -> None:
     assert_equal(z, torch.full((300,), -1.0))
 
 
+def test_what_makes_room_runs_as_outside_of_any_operation() -> None:
+    gradients: list[torch.Tensor | None] = []
+
+    def run_a_model(facts: OOMFacts, failures: int) -> None:
+        x = torch.arange(4.0, requires_grad=True)
+        below = torch.vmap(lambda row: (x <= row).clone(memory_format=torch.contiguous_format))
+        below(torch.arange(3.0)).to(x).mul(x).sum().backward()
+        gradients.append(x.grad)
+
+    x = torch.ones(300)
+    with VirtualCard(fail_at=1) as card, AllocationRetry(run_a_model) as retry:
+        y = x.mul(2)
+    assert_equal(y, torch.full((300,), 2.0))
+    (gradient,) = gradients
+    assert gradient is not None
+    assert_equal(gradient, torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    assert card.allocations > 5  # it is still on the card
+    assert retry.mutations == 0
+
+
 def test_what_fails_twice_and_all_that_follows_from_it_runs_on_the_host() -> None:
     x, weight, other = torch.arange(4.0), torch.ones(4), torch.ones(4)
     with (

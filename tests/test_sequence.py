@@ -16,6 +16,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from oomguard.levers.batch import CannotActError, count_targets, is_flat, text_spans
 from oomguard.levers.sequence import shorten
+from tests import tiny
 from tests.test_batch import tokenizer
 from tests.test_micro_batch import (
     FLAT,
@@ -229,6 +230,7 @@ def test_truncation_keeps_the_classes_of_its_rows() -> None:
             shorten(batch, 8, mode, PAD)
 
 
+@tiny.needs(DataCollatorForPreference, "max_length")  # it pads prompts and answers apart
 def test_preference_pairs_are_truncated_together_and_never_cut_into_windows() -> None:
     pair = {"prompt_ids": [2] * 4, "chosen_ids": [3] * 8, "rejected_ids": [4] * 2}
     batch = DataCollatorForPreference(pad_token_id=PAD)([pair, pair])

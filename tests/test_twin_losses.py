@@ -111,7 +111,7 @@ def plain(
     )
     return trainer_class(
         model=make(),
-        args=args_class(str(folder), **{**SMALL, **changes}),
+        args=args_class(str(folder), **tiny.as_named_here({**SMALL, **changes})),
         train_dataset=tokens(kind),
         data_collator=collator,
         processing_class=tiny.tokenizer(),
@@ -243,7 +243,10 @@ def test_a_batch_split_after_any_of_ten_allocations_trains_the_same(kind: str) -
 
 
 def test_where_checkpointing_changes_the_order_it_is_that_of_the_trainers_own() -> None:
-    checkpointed = partial(plain, make=t5, kind="next", activation_checkpointing=True)
+    form: dict[str, Any] = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointed = partial(plain, make=t5, kind="next", activation_checkpointing=True, **form)
     recovered = run(KINDS["T5"], CHECKPOINT, {("forward", 1): 1})
     assert_same(recovered, twin(checkpointed), EXACT)
-    assert differences(recovered, twin(KINDS["T5"]))
+    # In transformers 4 it keeps the order of a training without it.
+    other = tiny.takes(TrainingArguments, "activation_checkpointing")
+    assert bool(differences(recovered, twin(KINDS["T5"]))) is other

@@ -100,7 +100,14 @@ PROMPTS = partial(TEXTS, dataset=tiny.prompt_dataset(40))
 KINDS = {
     "text": TEXTS,
     "prompts": PROMPTS,
+    "shown": partial(TEXTS, include_num_input_tokens_seen="non_padding"),
     "packed wrapped": partial(TEXTS, packing=True, packing_strategy="wrapped"),
+    "packed shown": partial(
+        TEXTS,
+        packing=True,
+        packing_strategy="wrapped",
+        include_num_input_tokens_seen="non_padding",
+    ),
     "packed bfd": partial(
         TEXTS, packing=True, packing_strategy="bfd", dataset=tiny.text_dataset(64)
     ),

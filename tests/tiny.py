@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import pydoc_data.topics
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -23,6 +32,7 @@ CHAT_TEMPLATE = (
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+_CHECKPOINTING = ("checkpointing", "checkpointing_kwargs")
 LORA = LoraConfig(
     r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
 )
@@ -102,6 +112,28 @@ ARGUMENTS: dict[str, Any] = {
 """Steps of 2 x 4 rows on the CPU, every one of them logged."""
 
 
+def takes(function: Callable[..., Any], *arguments: str) -> bool:
+    """Whether the installed version of a function or class has arguments of these names."""
+    return set(arguments) <= inspect.signature(function).parameters.keys()
+
+
+def needs(function: Callable[..., Any], *arguments: str) -> pytest.MarkDecorator:
+    """Skips a test where the oldest supported versions lack these arguments."""
+    missing = f"{function.__name__} has no {' and '.join(arguments)} here"
+    return pytest.mark.skipif(not takes(function, *arguments), reason=missing)
+
+
+needs_activation_checkpointing = needs(TrainingArguments, "activation_checkpointing")
+
+
+def as_named_here(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments under the names that the installed transformers has for them."""
+    if takes(TrainingArguments, "activation_checkpointing"):
+        return arguments
+    old = {f"activation_{name}": f"gradient_{name}" for name in _CHECKPOINTING}
+    return {old.get(name, name): value for name, value in arguments.items()}
+
+
 def sft_config(output_dir: Path, **changes: Any) -> SFTConfig:
     """Four optimizer steps of 2 x 4 rows."""
     values: dict[str, Any] = {
@@ -113,7 +145,7 @@ def sft_config(output_dir: Path, **changes: Any) -> SFTConfig:
         "bf16": False,
         "activation_checkpointing": False,
     }
-    return SFTConfig(**{**values, **changes})
+    return SFTConfig(**as_named_here({**values, **changes}))
 
 
 def sft_trainer(

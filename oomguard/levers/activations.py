@@ -66,6 +66,10 @@ def enable(trainer: Any, *, offload: bool = False) -> None:
         model.activation_checkpointing_enable(kwargs, offload=offload)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        # The other method does so itself: reentrant checkpoints pass gradients on only where what
+        # enters them asks for one, and the embeddings of a frozen model do not.
+        if kwargs.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
 
 
 def _kwargs(trainer: Any) -> dict[str, Any]:

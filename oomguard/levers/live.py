@@ -138,6 +138,13 @@ class Levers:
         pad = getattr(tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
 
+    def _refuses_checkpointing(self, after: Plan, window: Window, index: int) -> str | None:
+        reason = activations.refusal(self._trainer)
+        if reason is None and window.batches:
+            batch, items = window.batches[index], window.num_items
+            reason = loss.needs_cache(self._trainer, self._compute_loss, batch, items)
+        return reason
+
     def _refuses_passes(self, after: Plan, window: Window, index: int) -> str | None:
         if not window.batches:
             return "no batch has been seen yet"
@@ -187,7 +194,7 @@ def _ask(question: Callable[..., str | None], *settings: str) -> Callable[..., s
 # Settings that levers change, each with the question whether it can be; the first "no" counts.
 # Rows are shortened before they are split, hence the order.
 _OBEYED: dict[str, Callable[[Levers, Plan, Window, int], str | None]] = {
-    "gradient_checkpointing": _ask(activations.refusal),
+    "gradient_checkpointing": Levers._refuses_checkpointing,
     "offload_activations": _ask(activations.refuses_offload),
     "optim": _ask(optimizer.refusal, "optim"),
     "target_modules": _ask(adapter.refusal, "target_modules"),

@@ -6,7 +6,7 @@ yet they return plain means. So it is measured once, on two rows, whole against 
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from oomguard import rng
 from oomguard.levers import metrics
-from oomguard.levers.activations import base_model
+from oomguard.levers.activations import base_model, is_checkpointing
 from oomguard.levers.batch import IGNORED_LABEL, CannotActError, count_targets, is_flat, measure
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
@@ -53,7 +53,7 @@ def refusal(trainer: Any) -> str | None:
     """Why no batch of this trainer can be split, without running anything, or `None`."""
     for cls in type(trainer).__mro__:
         package = cls.__module__.partition(".")[0]
-        if package == "trl" and cls.__name__ not in {"SFTTrainer", "_BaseTrainer"}:
+        if package == "trl" and cls.__name__ not in {"SFTTrainer", "_BaseTrainer", "BaseTrainer"}:
             return f"the loss of TRL's {cls.__name__} is not split over passes"
         if cls.__name__ == "SFTTrainer":
             break
@@ -85,13 +85,8 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     parts = split(whole, 1)
     if len(parts) < 2:
         raise CannotActError(_SINGLE_ROW)
-    undo, state = metrics.mark(trainer), rng.snapshot()
-    try:
-        with _evaluating(trainer):
-            losses = [_loss(trainer, compute_loss, part, num_items) for part in (whole, *parts)]
-    finally:
-        rng.restore(state)
-        undo()
+    with _unnoticed(trainer):
+        losses = [_loss(trainer, compute_loss, part, num_items) for part in (whole, *parts)]
     expected, found = losses[0], losses[1:]
     forms = {"sum": sum(found)}
     for form in ("token", "unshifted token", "row"):
@@ -155,28 +150,68 @@ def _telling_labels(labels: torch.Tensor, first: dict[str, Any]) -> torch.Tensor
 
 @contextmanager
 def _evaluating(trainer: Any) -> Iterator[None]:
-    """Without dropout, and without the cache that a model in eval mode would otherwise make.
-
-    With a cache, transformers does not keep the documents of a flat row apart.
-    """
+    """Without dropout, and without the cache that a checkpointed model makes in eval mode only."""
     training = trainer.model.training
-    config: Any = getattr(base_model(trainer), "config", None)
-    cache = getattr(config, "use_cache", None)
     # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good, and computes otherwise.
     packing = [m for m in trainer.model.modules() if getattr(m, _PACKS, False)]
     try:
         for module in packing:
             setattr(module, _PACKS, False)
         trainer.model.eval()
-        if cache is not None:
-            config.use_cache = False
-        yield
+        with _without_cache(trainer) if is_checkpointing(trainer) else nullcontext():
+            yield
     finally:
         trainer.model.train(training)
         for module in packing:
             setattr(module, _PACKS, True)
+
+
+@contextmanager
+def _without_cache(trainer: Any) -> Iterator[None]:
+    config: Any = getattr(base_model(trainer), "config", None)
+    cache = getattr(config, "use_cache", None)
+    try:
+        if cache is not None:
+            config.use_cache = False
+        yield
+    finally:
         if cache is not None:
             config.use_cache = cache
+
+
+def needs_cache(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> str | None:
+    """Why the loss of a flat batch would be another without the cache of its model, or `None`.
+
+    With a cache, transformers does not keep the documents of a flat row apart, and checkpointing
+    turns the cache off.
+    """
+    config: Any = getattr(base_model(trainer), "config", None)
+    if not is_flat(batch) or not getattr(config, "use_cache", False):
+        return None
+    with suppress(CannotActError):
+        whole = _two_units(batch)
+        with _unnoticed(trainer):
+            cached = _loss(trainer, compute_loss, whole, num_items)
+            with _without_cache(trainer):
+                apart = _loss(trainer, compute_loss, whole, num_items)
+        if abs(cached - apart) > _tolerance(trainer) * max(abs(cached), 1e-6):
+            return (
+                "the documents of a packed row see each other while the model's config has "
+                "use_cache=True, which checkpointing would end: set use_cache=False before training"
+            )
+    return None
+
+
+@contextmanager
+def _unnoticed(trainer: Any) -> Iterator[None]:
+    """In eval mode; metrics and random state are put back."""
+    undo, state = metrics.mark(trainer), rng.snapshot()
+    try:
+        with _evaluating(trainer):
+            yield
+    finally:
+        rng.restore(state)
+        undo()
 
 
 def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any) -> float:
@@ -186,14 +221,18 @@ def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any
 
 
 def shares(passes: list[dict[str, Any]], form: str) -> list[float]:
-    """Each pass's share of the targets or rows; equal ones where there is none to count."""
+    """Each pass's share of the targets, rows or tokens shown; equal where none is counted."""
     return _shares(passes, form) or [1 / len(passes)] * len(passes)
 
 
 def _shares(passes: list[dict[str, Any]], form: str) -> list[float] | None:
     if form == "sum":
         return None
-    if form == "row":
+    if form == "shown":
+        masks = [part.get("attention_mask") for part in passes]
+        sizes = [part["input_ids"].numel() for part in passes]
+        counts = [n if m is None else int(m.sum()) for n, m in zip(sizes, masks, strict=True)]
+    elif form == "row":
         shapes = [measure(part) for part in passes]
         counts = [0 if shape is None else shape.units for shape in shapes]
     else:

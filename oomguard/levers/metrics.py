@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # Added up by the Trainer's loop between two micro-batches, so no attempt to run one changes it.
 _LOOP_OWNS = "current_flos"
 _LARGEST_DICT = 1000
+_MASKED_ENTROPY = "per_token_entropy * attention_mask"
 
 
 def mark(trainer: Any) -> Callable[[], None]:
@@ -61,17 +63,39 @@ def lengths(trainer: Any, mode: str = "train") -> dict[str, int]:
     return {key: len(values) for key, values in own.items()} if isinstance(own, dict) else {}
 
 
-def merge(trainer: Any, before: dict[str, int], weights: list[float], mode: str = "train") -> None:
+def merge(
+    trainer: Any,
+    before: dict[str, int],
+    shares: Callable[[str], Sequence[float]],
+    mode: str = "train",
+) -> None:
     """Turn the entries that the passes of one batch made into the one the whole batch makes.
 
     Args:
         trainer: The trainer, after the passes.
         before: `lengths` before them.
-        weights: The share of each pass, adding up to 1.
+        shares: The share of each pass, adding up to 1, in the batch's `"token"`s that are targets
+            or in its `"shown"` ones.
         mode: As in `lengths`.
     """
+    prompts = {"entropy"} if entropy_counts_prompts(trainer) else set()
     for key, length in lengths(trainer, mode).items():
         values = trainer._metrics[mode][key]
-        start = before.get(key, 0)
+        start, weights = before.get(key, 0), shares("shown" if key in prompts else "token")
         if length - start == len(weights) > 1:
             values[start:] = [sum(w * v for w, v in zip(weights, values[start:], strict=True))]
+
+
+def entropy_counts_prompts(trainer: Any) -> bool:
+    """Whether `entropy` is a mean over all tokens shown, as in TRL before 1.3, not over targets.
+
+    Nothing but the arithmetic in `SFTTrainer.compute_loss` has changed with it.
+    """
+    return any(_MASKED_ENTROPY in _loss_source(cls) for cls in type(trainer).__mro__)
+
+
+@cache
+def _loss_source(cls: type) -> str:
+    """The source of TRL's own `compute_loss` in this class; empty for other classes."""
+    known = cls.__module__.startswith("trl.") and "compute_loss" in vars(cls)
+    return inspect.getsource(vars(cls)["compute_loss"]) if known else ""
