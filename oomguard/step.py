@@ -15,7 +15,7 @@ from oomguard.feed import fetch
 from oomguard.levers import metrics
 from oomguard.levers.batch import CannotActError, Shape, measure, token_ids
 from oomguard.levers.live import Levers, Window
-from oomguard.levers.loss import shares
+from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
 from oomguard.retry import AllocationRetry
@@ -174,7 +174,7 @@ class StepTransaction:
         if passes is None:
             return run_batch(batch, num_items)
         weights = self._levers.split_loss.weights(passes) if self._levers.split_loss else None
-        before = metrics.lengths(self._trainer)
+        entries = metrics.PassEntries(self._trainer)
         total: torch.Tensor | None = None
         for position, part in enumerate(passes):
             self._pass, self._weight = part, None if weights is None else weights[position]
@@ -182,8 +182,9 @@ class StepTransaction:
                 continue
             loss = run_batch(part, num_items)
             total = loss if total is None else total + loss
+            entries.add(part)
         self._weight = None
-        metrics.merge(self._trainer, before, shares(passes, "token"))  # what TRL's are means over
+        entries.replace(merged)
         assert total is not None  # noqa: S101 - a batch has at least one pass
         return total
 
@@ -194,7 +195,7 @@ class StepTransaction:
             return None
         reason = None
         try:
-            passes = split(batch, limit)
+            passes = split(batch, limit, pairs=self._levers.pairs)
         except CannotActError as error:
             reason = str(error)
         else:
@@ -254,7 +255,7 @@ class StepTransaction:
         known = self._pass if self._pass is not None else next(iter(self._window.batches), None)
         try:
             with AllocationRetry(_release_once):
-                return measure(known)
+                return measure(known, pairs=self._levers.pairs)
         except (RuntimeError, MemoryError) as error:
             oom.caught(error)
         return None

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import (
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
 import oomguard
 from oomguard.hooks import GuardedTrainer
@@ -155,6 +155,10 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
+    "_is_vision_dataset": lambda: all(
+        "self._is_vision_dataset =" in inspect.getsource(trainer.__init__)
+        for trainer in (DPOTrainer, KTOTrainer)
+    ),
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_prepare_inputs": lambda: (

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from oomguard.levers import activations, metrics
-from oomguard.levers.batch import count_targets
 from oomguard.levers.live import Levers, read_plan
+from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.testing import VirtualCard
 from tests import tiny
@@ -229,17 +229,16 @@ def test_merged_metrics_of_passes_are_those_of_the_whole_batch(tmp_path: Path) -
     whole, parted = sft(tmp_path), sft(tmp_path)
     batch = window(whole).batches[0]
     passes = split(batch, 96)
-    counts = [count_targets(part, shift=True) or 0 for part in passes]
     for trainer, parts in ((whole, [batch]), (parted, passes)):
         trainer.model.train()
         trainer._metrics["train"]["entropy"].append(3.0)
-        before = metrics.lengths(trainer)
+        entries = metrics.PassEntries(trainer)
         for part in parts:
             trainer.compute_loss(trainer.model, dict(part))
-        if trainer is parted:
-            metrics.merge(trainer, before, [count / sum(counts) for count in counts])
-    merged = dict(parted._metrics["train"])
+            entries.add(part)
+        entries.replace(merged)
+    found = dict(parted._metrics["train"])
     assert len(passes) == 4
-    assert merged == {
+    assert found == {
         name: pytest.approx(values, rel=1e-5) for name, values in whole._metrics["train"].items()
     }

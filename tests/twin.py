@@ -238,7 +238,8 @@ class _Recording(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         shape, positions = tuple(inputs["input_ids"].shape), inputs.get("position_ids")
         longest = shape[1] if positions is None else int(positions.max()) + 1
-        targets = int(inputs["labels"][..., 1:].ne(-100).sum())
+        labels = inputs.get("labels")
+        targets = 0 if labels is None else int(labels[..., 1:].ne(-100).sum())
         self._log.passes.append(Pass(self.state.global_step + 1, shape, longest, targets))
         return loss
 

@@ -27,7 +27,8 @@ class Shape:
     """The size of a batch.
 
     Attributes:
-        units: Rows, or documents of a flat row: the smallest parts that can be run apart.
+        units: Rows, pairs of rows, or documents of a flat row: the smallest parts that can be run
+            apart.
         width: Padded columns, or the length of the longest document of a flat row.
         tokens: Padded tokens: rows times columns, or the length of the flat row.
     """
@@ -158,12 +159,13 @@ def text_spans(batch: Mapping[str, Any]) -> list[Span]:
     ]
 
 
-def measure(batch: object) -> Shape | None:
+def measure(batch: object, *, pairs: bool = False) -> Shape | None:
     """Return the size of a batch, or `None` when it has no 2-D integer `input_ids`.
 
     Args:
         batch: A collated batch, or whatever a trainer hands over in its place (trainers that
             generate take a list of examples).
+        pairs: Whether row i and row i + rows/2 belong together and are one unit.
     """
     ids = token_ids(batch)
     if ids is None or not isinstance(batch, Mapping):
@@ -171,7 +173,8 @@ def measure(batch: object) -> Shape | None:
     if is_flat(batch):
         texts = documents(batch)
         return Shape(units=len(texts), width=max(map(len, texts)), tokens=ids.shape[1])
-    return Shape(units=ids.shape[0], width=ids.shape[1], tokens=ids.numel())
+    units = ids.shape[0] // 2 if pairs else ids.shape[0]
+    return Shape(units=units, width=ids.shape[1], tokens=ids.numel())
 
 
 def count_targets(batch: Mapping[str, Any], shift: bool) -> int | None:

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from oomguard import oom
-from oomguard.levers import activations, loss
+from oomguard.levers import activations, loss, trl_losses
 from oomguard.levers.batch import CannotActError
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
@@ -74,6 +74,7 @@ class Levers:
         """Take the trainer and its own `compute_loss`, not the guard's."""
         self._trainer = trainer
         self._compute_loss = compute_loss
+        self.pairs = trl_losses.in_pairs(trainer)
         self.split_loss: loss.SplitLoss | None = None
 
     def refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
@@ -138,6 +139,9 @@ class Levers:
         name, config = type(model).__name__, getattr(model, "config", None)
         if name in _UNSHIFTED or getattr(config, "is_encoder_decoder", False):
             return f"rows of a {name} are not causal text"
+        reason = trl_losses.length_refusal(self._trainer)
+        if reason is not None:
+            return reason
         if not window.batches:
             return "no batch has been seen yet"
         batch = window.batches[index]
@@ -155,7 +159,7 @@ class Levers:
         Needs a loss that adds up over parts of a batch; the first call measures that.
         """
         try:
-            split(batch, 1)
+            split(batch, 1, pairs=self.pairs)
             reason = loss.refusal(self._trainer)
             if reason is None and self.split_loss is None:
                 probe = loss.probe

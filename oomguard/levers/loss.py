@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from oomguard import rng
-from oomguard.levers import metrics
+from oomguard.levers import metrics, trl_losses
 from oomguard.levers.activations import base_model
 from oomguard.levers.batch import IGNORED_LABEL, CannotActError, count_targets, is_flat, measure
 from oomguard.levers.micro_batch import split
@@ -45,17 +45,14 @@ class SplitLoss:
         """What to multiply each pass's loss by; `None` for a sum."""
         if self.form == "sum":
             return None
-        return shares(passes, self.form)
+        return _shares(passes, self.form) or [1 / len(passes)] * len(passes)
 
 
 def refusal(trainer: Any) -> str | None:
     """Why no batch of this trainer can be split, without running anything, or `None`."""
-    for cls in type(trainer).__mro__:
-        package = cls.__module__.partition(".")[0]
-        if package == "trl" and cls.__name__ not in {"SFTTrainer", "_BaseTrainer"}:
-            return f"the loss of TRL's {cls.__name__} is not split over passes"
-        if cls.__name__ == "SFTTrainer":
-            break
+    reason = trl_losses.split_refusal(trainer)
+    if reason is not None:
+        return reason
     model = base_model(trainer)
     config = getattr(model, "config", None)
     if getattr(trainer, "aux_loss_enabled", False) or getattr(
@@ -80,8 +77,9 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     Raises:
         CannotActError: The loss is none of the forms, or the batch cannot be split.
     """
-    whole = _two_units(batch)
-    parts = split(whole, 1)
+    pairs = trl_losses.in_pairs(trainer)
+    whole = _two_units(batch, pairs)
+    parts = split(whole, 1, pairs=pairs)
     if len(parts) < 2:
         raise CannotActError(_SINGLE_ROW)
     undo, state = metrics.mark(trainer), rng.snapshot()
@@ -114,15 +112,16 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     return SplitLoss(near[0])
 
 
-def _two_units(batch: Any) -> dict[str, Any]:
-    """The first two rows or documents, cut short, with targets by which the forms differ."""
-    shape = measure(batch)
+def _two_units(batch: Any, pairs: bool) -> dict[str, Any]:
+    """The first two rows, pairs or documents, cut short, with targets by which the forms differ."""
+    shape = measure(batch, pairs=pairs)
     if shape is None or shape.units < 2:
         raise CannotActError(_SINGLE_ROW)
     with suppress(CannotActError):  # not causal text: its rows are as long as they are
         batch = shorten(batch, _PROBE_TOKENS, "truncate", 0)
-    passes = split(batch, 1)
-    whole = split(batch, sum(part["input_ids"].numel() for part in passes[:2]))[0]
+    passes = split(batch, 1, pairs=pairs)
+    tokens = sum(part["input_ids"].numel() for part in passes[:2])
+    whole = split(batch, tokens, pairs=pairs)[0]
     labels = whole.get("shift_labels", whole.get("labels"))
     if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         whole = dict(whole)
@@ -178,12 +177,8 @@ def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any
         return float(compute_loss(trainer.model, inputs, num_items_in_batch=num_items))
 
 
-def shares(passes: list[dict[str, Any]], form: str) -> list[float]:
-    """Each pass's share of the targets or rows; equal ones where there is none to count."""
-    return _shares(passes, form) or [1 / len(passes)] * len(passes)
-
-
 def _shares(passes: list[dict[str, Any]], form: str) -> list[float] | None:
+    """Each pass's share of the targets or rows; `None` where there is none to count."""
     if form == "sum":
         return None
     if form == "row":

@@ -1,4 +1,4 @@
-"""The running metrics that a trainer keeps in plain Python: roll back, merge over passes."""
+"""The running metrics that a trainer keeps in plain Python: roll back, replace those of passes."""
 
 from __future__ import annotations
 
@@ -61,16 +61,31 @@ def lengths(trainer: Any) -> dict[str, int]:
     return {key: len(values) for key, values in train.items()} if isinstance(train, dict) else {}
 
 
-def merge(trainer: Any, before: dict[str, int], weights: list[float]) -> None:
-    """Turn the entries that the passes of one batch made into the one the whole batch makes.
+class PassEntries:
+    """What the passes of one batch add to TRL's training metrics, to be replaced in the end."""
 
-    Args:
-        trainer: The trainer, after the passes.
-        before: `lengths` before them.
-        weights: The share of each pass, adding up to 1.
-    """
-    for key, length in lengths(trainer).items():
-        values = trainer._metrics["train"][key]
-        start = before.get(key, 0)
-        if length - start == len(weights) > 1:
-            values[start:] = [sum(w * v for w, v in zip(weights, values[start:], strict=True))]
+    def __init__(self, trainer: Any) -> None:
+        """Start before the first pass."""
+        self._trainer = trainer
+        self._start = self._last = lengths(trainer)
+        self._found: dict[str, list[tuple[Any, float]]] = {}
+
+    def add(self, part: Any) -> None:
+        """Note what the pass `part` has entered."""
+        now = lengths(self._trainer)
+        for key, length in now.items():
+            new = self._trainer._metrics["train"][key][self._last.get(key, 0) : length]
+            self._found.setdefault(key, []).extend((part, value) for value in new)
+        self._last = now
+
+    def replace(
+        self, combine: Callable[[Any, dict[str, list[tuple[Any, float]]]], dict[str, float]]
+    ) -> None:
+        """Put one entry in the place of those of the passes, for each metric that `combine` names.
+
+        Args:
+            combine: As `merged_metrics.merged`.
+        """
+        for key, value in combine(self._trainer, self._found).items():
+            entries = self._trainer._metrics["train"].setdefault(key, [])
+            entries[self._start.get(key, 0) :] = [value]
