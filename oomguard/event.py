@@ -11,8 +11,8 @@ class OOMEvent:
     """What was known when memory ran out; a reading that could not be taken is `None`.
 
     Attributes:
-        phase: Where: `"fetch"`, `"forward"`, `"backward"`, `"clip"`, `"optimizer"` or
-            `"bookkeeping"`.
+        phase: Where: `"setup"`, `"fetch"`, `"generate"`, `"forward"`, `"backward"`, `"clip"`,
+            `"optimizer"` or `"bookkeeping"`.
         step: The optimizer step that was being made, counted from 1.
         micro_batch: Which batch of that optimizer step, counted from 0.
         rows: Rows (or documents of a packed row) of the pass that failed.

@@ -16,7 +16,7 @@ from oomguard.errors import UnsupportedTrainerError
 from oomguard.ladder import Ladder, rung_name
 from oomguard.levers.live import Levers, optim_name, read_plan
 from oomguard.report import Report, Status
-from oomguard.step import StepTransaction
+from oomguard.rollout_step import transaction_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -77,7 +77,7 @@ class Guard:
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
         descent = Descent(self._ladder, levers, self.report)
-        self._hooks = hooks.install(self._trainer, StepTransaction(self._trainer, levers, descent))
+        self._hooks = hooks.install(self._trainer, transaction_of(self._trainer, levers, descent))
         self._began = time.perf_counter()
         return self
 

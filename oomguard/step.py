@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from oomguard import oom, rng
 from oomguard.event import OOMEvent
 from oomguard.feed import fetch
 from oomguard.levers import metrics
-from oomguard.levers.batch import CannotActError, Shape, measure, token_ids
+from oomguard.levers.batch import CannotActError, Shape, measure, tokens_of
 from oomguard.levers.live import Levers, Window
 from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
@@ -54,6 +54,7 @@ class StepTransaction:
         self._window = Window([])
         self._weight: float | None = None
         self._pass: Any = None
+        self._running = 0
         self._reported: list[torch.Tensor] = []
         # Before each batch; `None` where nothing has drawn since the batch before it: a replay then
         # lets the numbers flow on, since other passes may draw more or fewer of them.
@@ -169,7 +170,7 @@ class StepTransaction:
     def _run(self, index: int, run_batch: RunBatch) -> torch.Tensor:
         """One batch, in as many passes as the plan asks for."""
         batch, num_items = self._window.batches[index], self._window.num_items
-        self._pass = batch
+        self._pass, self._running = batch, index
         passes = self._passes(batch, num_items)
         if passes is None:
             return run_batch(batch, num_items)
@@ -190,8 +191,8 @@ class StepTransaction:
 
     def _passes(self, batch: Any, num_items: Any) -> list[dict[str, Any]] | None:
         """The passes that the plan asks for, or `None` for the batch as it is."""
-        limit, ids = self._descent.plan.max_pass_tokens, token_ids(batch)
-        if limit is None or ids is None or ids.numel() <= limit:
+        limit = self._descent.plan.max_pass_tokens
+        if limit is None or not isinstance(batch, Mapping) or tokens_of(batch) <= limit:
             return None
         reason = None
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 
@@ -51,6 +53,22 @@ def enable(trainer: Any) -> None:
         model.activation_checkpointing_enable(kwargs, offload=offload)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def put_back(trainer: Any) -> Callable[[], None]:
+    """What switches checkpointing on again if it is on now, as `args` ask for it.
+
+    TRL switches it off while it generates, and an error there leaves it off.
+    """
+    model: Any = base_model(trainer)
+    if not getattr(model, "is_activation_checkpointing", False):
+        return lambda: None
+
+    def switch_on() -> None:
+        if not model.is_activation_checkpointing:
+            model.activation_checkpointing_enable(_kwargs(trainer) or None)
+
+    return switch_on
 
 
 def _kwargs(trainer: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.models.auto.modeling_auto import (
@@ -31,10 +31,16 @@ class Window:
     Attributes:
         batches: Collated batches on the device, shortened to `Plan.max_length`.
         num_items: `num_items_in_batch` of the whole step; `None` where the Trainer counts none.
+        inputs: What a trainer that samples completions has made of its batches so far.
     """
 
     batches: list[Any]
     num_items: Any = None
+    inputs: dict[int, Any] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> Any:
+        """What is trained on of batch `index`, as far as it is known."""
+        return self.inputs.get(index, self.batches[index])
 
 
 def read_plan(trainer: Any) -> Plan:
@@ -113,7 +119,7 @@ class Levers:
         if "max_pass_tokens" in changed:
             if not window.batches:
                 return "no batch has been seen yet"
-            return self.refuses_split(window.batches[index], window.num_items)
+            return self.refuses_split(window[index], window.num_items)
         return None
 
     def apply(self, before: Plan, after: Plan) -> None:

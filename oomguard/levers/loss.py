@@ -15,7 +15,14 @@ from torch import nn
 from oomguard import rng
 from oomguard.levers import metrics, trl_losses
 from oomguard.levers.activations import base_model
-from oomguard.levers.batch import IGNORED_LABEL, CannotActError, count_targets, is_flat, measure
+from oomguard.levers.batch import (
+    IGNORED_LABEL,
+    CannotActError,
+    count_completion_tokens,
+    count_targets,
+    is_flat,
+    measure,
+)
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
 
@@ -31,7 +38,7 @@ _HALF_TOLERANCE = 1e-2  # some losses have 8 bits, and two batch sizes take two 
 
 
 class SplitLoss:
-    """The form of a trainer's loss: `"sum"`, `"token"`, `"unshifted token"` or `"row"`.
+    """The form of a trainer's loss: `"sum"`, `"row"`, or one of the three that end in `"token"`.
 
     A `sum` (one that is divided by `num_items_in_batch`) adds up over passes; a mean is weighted by
     each pass's share of targets or rows.
@@ -77,7 +84,7 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     Raises:
         CannotActError: The loss is none of the forms, or the batch cannot be split.
     """
-    pairs = trl_losses.in_pairs(trainer)
+    pairs, known = trl_losses.in_pairs(trainer), trl_losses.completion_form(trainer)
     whole = _two_units(batch, pairs)
     parts = split(whole, 1, pairs=pairs)
     if len(parts) < 2:
@@ -91,11 +98,14 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
         undo()
     expected, found = losses[0], losses[1:]
     forms = {"sum": sum(found)}
-    for form in ("token", "unshifted token", "row"):
+    for form in ("token", "unshifted token", "completion token", "row"):
         shares = _shares(parts, form)
         if shares is not None:
             forms[form] = sum(w * loss for w, loss in zip(shares, found, strict=True))
-    off = {f: abs(value - expected) / max(abs(expected), 1e-6) for f, value in forms.items()}
+    scale = max(abs(expected), 1e-6)
+    if known is not None:  # advantages of both signs may cancel out
+        scale, forms = max(scale, *map(abs, found)), {known: forms.get(known, 0.0)}
+    off = {f: abs(value - expected) / scale for f, value in forms.items()}
     near = [form for form in sorted(off, key=off.__getitem__) if off[form] <= _tolerance(trainer)]
     if not near:
         reason = (
@@ -120,7 +130,7 @@ def _two_units(batch: Any, pairs: bool) -> dict[str, Any]:
     with suppress(CannotActError):  # not causal text: its rows are as long as they are
         batch = shorten(batch, _PROBE_TOKENS, "truncate", 0)
     passes = split(batch, 1, pairs=pairs)
-    tokens = sum(part["input_ids"].numel() for part in passes[:2])
+    tokens = sum(found.tokens for found in map(measure, passes[:2]) if found is not None)
     whole = split(batch, tokens, pairs=pairs)[0]
     labels = whole.get("shift_labels", whole.get("labels"))
     if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
@@ -172,7 +182,9 @@ def _evaluating(trainer: Any) -> Iterator[None]:
 
 
 def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any) -> float:
-    inputs = trainer._prepare_inputs(dict(batch))
+    # Trainers that generate have prepared the batch; once more, and they would generate again.
+    known = trl_losses.generates(trainer)
+    inputs = dict(batch) if known else trainer._prepare_inputs(dict(batch))
     with torch.no_grad(), trainer.compute_loss_context_manager():
         return float(compute_loss(trainer.model, inputs, num_items_in_batch=num_items))
 
@@ -181,7 +193,11 @@ def _shares(passes: list[dict[str, Any]], form: str) -> list[float] | None:
     """Each pass's share of the targets or rows; `None` where there is none to count."""
     if form == "sum":
         return None
-    if form == "row":
+    if form == "completion token":
+        if any("completion_ids" not in part for part in passes):
+            return None
+        counts = [count_completion_tokens(part) for part in passes]
+    elif form == "row":
         shapes = [measure(part) for part in passes]
         counts = [0 if shape is None else shape.units for shape in shapes]
     else:

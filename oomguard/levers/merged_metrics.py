@@ -5,18 +5,25 @@ Most of these metrics are means, each over something else: tokens, rows, rows of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from oomguard.levers.batch import count_targets
+from oomguard.levers.batch import count_completion_tokens, count_targets
 from oomguard.levers.trl_losses import trl_class
 
+_WITH_EXTREMES = frozenset({"RewardTrainer", "GRPOTrainer", "RLOOTrainer"})
 Entries = list[tuple[Any, float]]
 """A metric's entries in order, each with the pass that made it."""
 _Count = Callable[[Mapping[str, Any]], float]
 """How much of what a metric is a mean over a pass has."""
 
-_EXTREMES: dict[str, Callable[[list[float]], float]] = {"min_reward": min, "max_reward": max}
+_EXTREMES: dict[str, Callable[[list[float]], float]] = {
+    "min_reward": min,
+    "max_reward": max,
+    "clip_ratio/low_min": lambda values: min(_numbers(values), default=math.nan),
+    "clip_ratio/high_max": lambda values: max(_numbers(values), default=math.nan),
+}
 
 
 def merged(trainer: Any, found: dict[str, Entries]) -> dict[str, float]:
@@ -31,10 +38,12 @@ def merged(trainer: Any, found: dict[str, Entries]) -> dict[str, float]:
     """
     name = trl_class(trainer)
     counts: dict[str, _Count] = _COUNTS.get(name or "", {"": _targets})
+    if getattr(trainer, "importance_sampling_level", "token") == "sequence":
+        counts = counts | _OF_SEQUENCES
     result = {}
     for key, entries in found.items():
         if len(entries) > 1:
-            extreme = _EXTREMES.get(key) if name == "RewardTrainer" else None
+            extreme = _EXTREMES.get(key) if name in _WITH_EXTREMES else None
             if extreme is not None:
                 result[key] = extreme([value for _, value in entries])
             else:
@@ -47,6 +56,10 @@ def merged(trainer: Any, found: dict[str, Entries]) -> dict[str, float]:
         if chosen is not None and rejected is not None:  # a pass may have rows of one kind only
             result["rewards/margins"] = chosen - rejected
     return result
+
+
+def _numbers(values: list[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
 def _mean(entries: Entries, count: _Count) -> float:
@@ -63,7 +76,7 @@ def _targets(part: Mapping[str, Any]) -> float:
 
 
 def _rows(part: Mapping[str, Any]) -> float:
-    return len(part["input_ids"])
+    return len(part["completion_ids"] if "completion_ids" in part else part["input_ids"])
 
 
 def _completion_tokens(part: Mapping[str, Any]) -> float:
@@ -101,5 +114,11 @@ _COUNTS: dict[str, dict[str, _Count]] = {
         "logps/chosen": _rows_labelled(True),
         "logps/rejected": _rows_labelled(False),
     },
+    "GRPOTrainer": {"": count_completion_tokens, "vespo/phi_seq_mean": _rows},
+    "RLOOTrainer": {"": _rows, "entropy": count_completion_tokens},
 }
 """What the metrics of each trainer are means over; `""` stands for those not listed."""
+_OF_SEQUENCES = {f"clip_ratio/{name}_mean": _rows for name in ("low", "high", "region")} | {
+    "cispo_clip_ratio": _rows
+}
+"""What replaces these under `importance_sampling_level="sequence"`: one ratio for each row."""

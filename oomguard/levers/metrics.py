@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Added up by the Trainer's loop between two micro-batches, so no attempt to run one changes it.
 _LOOP_OWNS = "current_flos"
-_LARGEST_DICT = 1000
+LARGEST_DICT = 1000
 
 
 def mark(trainer: Any) -> Callable[[], None]:
@@ -37,7 +37,7 @@ def mark(trainer: Any) -> Callable[[], None]:
 def _mark(value: Any, undo: list[Callable[[], None]]) -> None:
     if isinstance(value, list):
         undo.append(partial(_truncate, value, len(value)))
-    elif isinstance(value, dict) and len(value) <= _LARGEST_DICT:
+    elif isinstance(value, dict) and len(value) <= LARGEST_DICT:
         undo.append(partial(_refill, value, dict(value)))
         for inner in value.values():
             _mark(inner, undo)

@@ -50,22 +50,25 @@ def split(
     if shape is None:
         msg = "the batch has no 2-D integer input_ids to cut"
         raise CannotActError(msg)
-    if pairs and len(batch["input_ids"]) % 2:
-        msg = f"{len(batch['input_ids'])} rows are not pairs of a chosen and a rejected one"
+    rows = shape.tokens // shape.width
+    if pairs and rows % 2:
+        msg = f"{rows} rows are not pairs of a chosen and a rejected one"
+        raise CannotActError(msg)
+    if "num_images" in batch:
+        msg = "num_images: images are not divided among the completions of a batch"
         raise CannotActError(msg)
     if shape.tokens <= max_tokens or shape.units == 1:
         return [dict(batch)]
     if is_flat(batch):
         return _split_documents(batch, max_tokens)
-    return _split_rows(batch, shape.units, max(1, max_tokens * shape.units // shape.tokens))
+    return _split_rows(batch, shape.units, max(1, max_tokens * shape.units // shape.tokens), rows)
 
 
-def _split_rows(batch: Mapping[str, Any], units: int, most: int) -> list[dict[str, Any]]:
+def _split_rows(batch: Mapping[str, Any], units: int, most: int, rows: int) -> list[dict[str, Any]]:
     """Cut a padded batch into the fewest passes of at most `most` units, as even as can be."""
     count = -(-units // most)
     even, extra = divmod(units, count)
     sizes = [even + (index < extra) for index in range(count)]
-    rows = len(batch["input_ids"])
     passes: list[dict[str, Any]] = [{} for _ in sizes]
     for key, value in batch.items():
         for part, piece in zip(passes, _cut_units(key, value, sizes, rows), strict=True):

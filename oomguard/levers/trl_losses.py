@@ -12,6 +12,7 @@ from typing import Any
 _SFT = "SFTTrainer"
 _PAIRED = frozenset({"DPOTrainer", "RewardTrainer"})
 _PREFERENCE = _PAIRED | {"KTOTrainer"}
+_GENERATING = frozenset({"GRPOTrainer", "RLOOTrainer"})
 
 _SORTS = "sorts the rows of a batch against each other"
 ROW_MEANS: dict[str, frozenset[str]] = {
@@ -45,6 +46,22 @@ WHOLE_BATCH: dict[str, dict[str, str]] = {
 """Loss types that need the whole batch, and why."""
 
 
+COMPLETION_LOSSES: dict[str, dict[str, str]] = {
+    "GRPOTrainer": {
+        "bnpo": "completion token",
+        "cispo": "sum",
+        "dapo": "sum",
+        "dr_grpo": "row",
+        "grpo": "row",
+        "luspo": "row",
+        "sapo": "row",
+        "vespo": "sum",
+    },
+    "RLOOTrainer": {"": "row"},
+}
+"""The form of each loss over sampled completions, as `loss.SplitLoss` calls it."""
+
+
 def trl_class(trainer: Any) -> str | None:
     """The name of the TRL trainer that `trainer` is or derives from; `None` for others."""
     for cls in type(trainer).__mro__:
@@ -63,6 +80,8 @@ def split_refusal(trainer: Any) -> str | None:
     name = trl_class(trainer)
     if name is None or name == _SFT:
         return None
+    if name in _GENERATING:
+        return _completions_refusal(trainer, name)
     if name not in _PREFERENCE:
         return f"the loss of TRL's {name} is not split over passes"
     if getattr(trainer, "_is_vision_dataset", False):
@@ -76,6 +95,29 @@ def split_refusal(trainer: Any) -> str | None:
     return None
 
 
+def generates(trainer: Any) -> bool:
+    """Whether the trainer samples the completions it trains on inside `training_step`."""
+    return trl_class(trainer) in _GENERATING
+
+
+def completion_form(trainer: Any) -> str | None:
+    """The form of a loss over sampled completions; `None` where it is to be measured."""
+    losses = COMPLETION_LOSSES.get(trl_class(trainer) or "", {})
+    return losses.get((_loss_types(trainer) or [""])[0])
+
+
+def _completions_refusal(trainer: Any, name: str) -> str | None:
+    if completion_form(trainer) is None:
+        return f"loss_type={trainer.loss_type!r} of {name} is not known"
+    if getattr(trainer, "_entropy_bonus_enabled", False):
+        return f"entropy_coef of {name} adds a mean over other tokens than the loss has"
+    if getattr(trainer, "top_entropy_quantile", 1.0) < 1.0:
+        return f"top_entropy_quantile of {name} ranks the tokens of the whole batch"
+    if getattr(trainer, "loss_is_scaled_for_ga", None) is None:
+        return f"{name} does not say whether its loss is divided by gradient_accumulation_steps"
+    return None
+
+
 def length_refusal(trainer: Any) -> str | None:
     """Why the rows of this trainer's batches cannot be shortened, or `None`."""
     name = trl_class(trainer)
@@ -83,6 +125,8 @@ def length_refusal(trainer: Any) -> str | None:
         return None
     if name in _PREFERENCE:
         return f"{name} scores a completion by all of its tokens; set a lower max_length instead"
+    if name in _GENERATING:
+        return f"{name} scores completions as wholes; set a lower max_completion_length instead"
     return f"rows of TRL's {name} are not cut"
 
 
