@@ -33,7 +33,8 @@ def fit(trainer: Trainer, *, ladder: Ladder | str = "default", **train_arguments
     made again from the same samples, and the training goes on.
 
     Args:
-        trainer: A `transformers.Trainer`, `Seq2SeqTrainer` or TRL `SFTTrainer`, single process.
+        trainer: A `transformers.Trainer`, `Seq2SeqTrainer`, or TRL's SFT, DPO, Reward, KTO, GRPO or
+            RLOO trainer, single process.
         ladder: `"default"`, `"exact_first"`, or a `Ladder` of rungs.
         **train_arguments: Passed to `trainer.train`, for example `resume_from_checkpoint=True`.
 
