@@ -25,9 +25,9 @@ CLOSE = dict.fromkeys(
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 KINDS: dict[str, Build] = {
     **{loss_type: partial(grpo, loss_type=loss_type) for loss_type in LOSSES},
-    "kl": partial(grpo, beta=0.1),
+    "kl": partial(grpo, beta=0.1, num_iterations=2, epsilon=1e-4),  # some ratios are clipped
     "sequence": partial(
-        grpo, loss_type="grpo", importance_sampling_level="sequence", num_iterations=2
+        grpo, loss_type="grpo", importance_sampling_level="sequence", num_iterations=2, epsilon=1e-4
     ),
     "off policy": partial(grpo, num_iterations=2, steps_per_generation=1, learning_rate=1e-3),
     "generates twice a step": partial(grpo, steps_per_generation=2, gradient_accumulation_steps=4),
