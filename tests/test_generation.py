@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import deque
 from contextlib import ExitStack
@@ -9,14 +10,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 import oomguard
+from oomguard.hooks import GuardedRollouts
 from oomguard.ladder import Ladder, SplitBatch
 from oomguard.levers.activations import is_checkpointing
 from oomguard.levers.journal import Journal
 from oomguard.testing import VirtualCard
 from tests.sampling import grpo, reward_calls
+from tests.test_hooks import calls
 from tests.tiny import largest_difference, weights
 from tests.twin import EXACT, Build, assert_same, run, twin
 
@@ -161,6 +164,22 @@ def test_the_completions_tell_how_large_the_pass_was_that_failed() -> None:
     assert (event.phase, event.rows) == ("forward", 4)
     assert event.tokens == 4 * (event.width or 0) > 0
     assert twin(grpo).logs
+
+
+@pytest.mark.parametrize("upstream", [GRPOTrainer, RLOOTrainer])
+def test_a_trainer_that_samples_does_so_where_the_guard_expects_it(upstream: Any) -> None:
+    ours = {name for name, value in vars(GuardedRollouts).items() if inspect.isfunction(value)}
+    assert ours == {"_prepare_inputs", "_calculate_rewards", "compute_loss"}
+    assert ours <= vars(upstream).keys(), f"{upstream.__name__} has lost one of {ours}"
+    prepare = calls(upstream._prepare_inputs)
+    assert "self._generate_and_score_completions" in prepare
+    scoring = calls(upstream._generate_and_score_completions)
+    assert scoring.index("self._generate") < scoring.index("self._calculate_rewards")
+    counted = "self.state.num_input_tokens_seen +="
+    assert counted in inspect.getsource(upstream._generate), "see Rollouts.prepare"
+    assert upstream.loss_is_scaled_for_ga is (upstream is GRPOTrainer), "see rollout_step._backward"
+    step = calls(upstream.training_step)
+    assert "super().training_step" in step, "see RolloutTransaction.in_passes"
 
 
 class Counting:
