@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from oomguard import oom, rng
 from oomguard.levers import loss, metrics, outputs
 from oomguard.levers.batch import CannotActError, measure
+from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
 from oomguard.outside import FORGIVEN
@@ -111,16 +111,17 @@ class Evaluation:
         if len(passes) == 1:
             with paused():
                 return run(inputs)
-        before = metrics.lengths(self._trainer, "eval")
+        entries = metrics.PassEntries(self._trainer, "eval")
         for part in passes:
             with paused():
                 own, *others = run(dict(part))
+            entries.add(part)
             if self._offload and self._watch is not None:
                 others = self._watch.to_host(others)
             done.append((own, *others))
         with paused():
             total = self._loss(run, [entry[0] for entry in done], passes, inputs)
-        metrics.merge(self._trainer, before, partial(loss.shares, passes), "eval")
+        entries.replace(merged)
         fill = outputs.fill_token(self._trainer)
         _, *gathered = zip(*done, strict=True)
         joined = (outputs.join(parts, passes, fill) for parts in gathered)

@@ -11,7 +11,7 @@ class OOMEvent:
     """What was known when memory ran out; a reading that could not be taken is `None`.
 
     Attributes:
-        phase: Where: `"fetch"`, `"forward"`, `"backward"`, `"clip"`, `"optimizer"` or
+        phase: Where: `"fetch"`, `"generate"`, `"forward"`, `"backward"`, `"clip"`, `"optimizer"` or
             `"bookkeeping"`; outside of a step `"setup"`, `"evaluate"`, `"predict"`, `"save"` or
             `"load"`.
         step: The optimizer step that was being made, counted from 1; in `"evaluate"`, `"predict"`,

@@ -19,8 +19,8 @@ from oomguard.levers.live import Levers, optim_name, read_plan
 from oomguard.outside import Outside
 from oomguard.plan import Plan
 from oomguard.report import Report, Status
+from oomguard.rollout_step import transaction_of
 from oomguard.rung import rung_name
-from oomguard.step import StepTransaction
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,7 +43,8 @@ def fit(
     made again from the same samples, and the training goes on.
 
     Args:
-        trainer: A `transformers.Trainer`, `Seq2SeqTrainer` or TRL `SFTTrainer`, single process.
+        trainer: A `transformers.Trainer`, `Seq2SeqTrainer`, or TRL's SFT, DPO, Reward, KTO, GRPO or
+            RLOO trainer, single process.
         ladder: `"default"`, `"exact_first"`, or a `Ladder` of rungs.
         plan: What a new run begins with instead of the trainer's own settings: `"last"` for the
             plan that an earlier run in the same `args.output_dir` had ended with. A resumed run
@@ -106,7 +107,7 @@ class Guard:
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
         self._descent = Descent(self._ladder, levers, self.report)
-        transaction = StepTransaction(self._trainer, levers, self._descent)
+        transaction = transaction_of(self._trainer, levers, self._descent)
         outside = Outside(self._trainer, self._descent)
         course = hooks.Course(self._begin, self._resume)
         self._hooks = hooks.install(self._trainer, transaction, outside, course)

@@ -16,7 +16,7 @@ from oomguard import saving
 from oomguard.callbacks import name_callback
 from oomguard.evaluation import Evaluation
 from oomguard.feed import Feed
-from oomguard.levers import tokens
+from oomguard.levers import tokens, trl_losses
 from oomguard.levers.adapter import inner_optimizer
 from oomguard.levers.paging import page_again
 from oomguard.optimizer_step import AtomicStep
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from oomguard.oom import OOMFacts
     from oomguard.outside import Outside
+    from oomguard.rollout_step import RolloutTransaction
     from oomguard.step import StepTransaction
 
 
@@ -315,14 +316,48 @@ class GuardedTrainer(Trainer):
             self.state.num_input_tokens_seen = before + sign * seen
 
 
-INTERCEPTED = tuple(name for name, value in vars(GuardedTrainer).items() if callable(value))
+class GuardedRollouts(GuardedTrainer):
+    """Stands in front of trainers that sample what they train on inside `training_step`."""
+
+    @property
+    def _rollout(self) -> RolloutTransaction:
+        return cast("RolloutTransaction", self._oomguard.transaction)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Completions are sampled once for each step, however often it is made again."""
+        prepare = super()._prepare_inputs
+        if not self._oomguard.running:
+            return prepare(generation_batch)
+        return self._rollout.prepare(functools.partial(prepare, generation_batch))
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        original: Any = super()  # of the trainer's class: transformers has none
+        if self._oomguard.running:
+            self._rollout.sampled()
+        return original._calculate_rewards(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss in passes: what is split is what the trainer has sampled."""
+        compute = super().compute_loss
+        if not self._oomguard.running:
+            return compute(model, inputs, *args, **kwargs)
+        return self._rollout.in_passes(inputs, lambda part: compute(model, part, *args, **kwargs))
+
+
+INTERCEPTED = tuple(
+    name
+    for front in (GuardedTrainer, GuardedRollouts)
+    for name, value in vars(front).items()
+    if callable(value)
+)
 """Names that a trainer object must not have itself: they would stand in front of its class."""
 
 
 def install(trainer: Any, transaction: StepTransaction, outside: Outside, course: Course) -> Hooks:
-    """Put `GuardedTrainer` in front of the trainer's class."""
-    own = type(trainer)
-    guarded = type(own.__name__, (GuardedTrainer, own), {"__doc__": own.__doc__})
+    """Put a guarded class in front of the trainer's."""
+    own: Any = type(trainer)
+    front = GuardedRollouts if trl_losses.generates(trainer) else GuardedTrainer
+    guarded = type(own.__name__, (front, own), {"__doc__": own.__doc__})
     guarded.__module__, guarded.__qualname__ = own.__module__, own.__qualname__
     trainer._oomguard = hooks = Hooks(trainer, transaction, outside, course)
     trainer.__class__ = guarded
@@ -348,4 +383,4 @@ def uninstall(trainer: Any) -> None:
     """Make the trainer its own class again."""
     trainer._oomguard.remove()
     del trainer._oomguard
-    trainer.__class__ = type(trainer).__mro__[2]
+    trainer.__class__ = type(trainer).__bases__[1]

@@ -104,8 +104,8 @@ class SplitBatch(Rung):
             return None
         tokens = event.tokens if event.tokens is not None else units * width
         half_units = -(-units // 2)
-        padded = tokens == units * width
-        limit = half_units * width if padded else max(1, -(-tokens // 2))
+        padded = tokens % (units * width) == 0  # a unit is a row, or a pair of them
+        limit = half_units * (tokens // units) if padded else max(1, -(-tokens // 2))
         return replace(
             plan,
             micro_batch_size=min(rows, half_units) if padded else -(-rows // 2),

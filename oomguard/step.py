@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +12,9 @@ import torch
 from oomguard import oom, rng
 from oomguard.feed import fetch
 from oomguard.levers import metrics
-from oomguard.levers.batch import CannotActError, Shape, measure, token_ids
+from oomguard.levers.batch import CannotActError, Shape, measure, tokens_of
 from oomguard.levers.live import Levers, Window
-from oomguard.levers.loss import shares
+from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
 from oomguard.retry import AllocationRetry, release_at_most
@@ -58,6 +57,7 @@ class StepTransaction:
         self._window = Window([])
         self._weight: float | None = None
         self._pass: Any = None
+        self._running = 0
         self._reported: list[torch.Tensor] = []
         # Before each batch; `None` where nothing has drawn since the batch before it: a replay then
         # lets the numbers flow on, since other passes may draw more or fewer of them.
@@ -178,12 +178,12 @@ class StepTransaction:
     def _run(self, index: int, run_batch: RunBatch) -> torch.Tensor:
         """One batch, in as many passes as the plan asks for."""
         batch, num_items = self._window.batches[index], self._window.num_items
-        self._pass = batch
+        self._pass, self._running = batch, index
         passes = self._passes(batch, num_items)
         if passes is None:
             return run_batch(batch, num_items)
         weights = self._levers.split_loss.weights(passes) if self._levers.split_loss else None
-        before = metrics.lengths(self._trainer)
+        entries = metrics.PassEntries(self._trainer)
         total: torch.Tensor | None = None
         for position, part in enumerate(passes):
             self._pass, self._weight = part, None if weights is None else weights[position]
@@ -191,19 +191,20 @@ class StepTransaction:
                 continue
             loss = run_batch(part, num_items)
             total = loss if total is None else total + loss
+            entries.add(part)
         self._weight = None
-        metrics.merge(self._trainer, before, partial(shares, passes))
+        entries.replace(merged)
         assert total is not None  # noqa: S101 - a batch has at least one pass
         return total
 
     def _passes(self, batch: Any, num_items: Any) -> list[dict[str, Any]] | None:
         """The passes that the plan asks for, or `None` for the batch as it is."""
-        limit, ids = self._descent.plan.max_pass_tokens, token_ids(batch)
-        if limit is None or ids is None or ids.numel() <= limit:
+        limit = self._descent.plan.max_pass_tokens
+        if limit is None or not isinstance(batch, Mapping) or tokens_of(batch) <= limit:
             return None
         reason = None
         try:
-            passes = split(batch, limit)
+            passes = split(batch, limit, pairs=self._levers.pairs)
         except CannotActError as error:
             reason = str(error)
         else:
@@ -273,7 +274,7 @@ class StepTransaction:
         known = self._pass if self._pass is not None else next(iter(self._window.batches), None)
         try:
             with AllocationRetry(release_at_most(1)):
-                return measure(known)
+                return measure(known, pairs=self._levers.pairs)
         except (RuntimeError, MemoryError) as error:
             oom.caught(error)
         return None

@@ -24,12 +24,13 @@ from torch.utils._python_dispatch import (
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 
 import oomguard
 from oomguard.hooks import GuardedTrainer
 from oomguard.ladder import Ladder
-from oomguard.levers.metrics import _LOOP_OWNS, _MASKED_ENTROPY
+from oomguard.levers.merged_metrics import _MASKED_ENTROPY
+from oomguard.levers.metrics import _LOOP_OWNS
 from oomguard.levers.tokens import counted_in_the_loop
 from oomguard.rungs import CheckpointActivations, SplitBatch
 from oomguard.testing import VirtualCard
@@ -179,8 +180,15 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_dispatch_tls_local_include_set": lambda: dispatches_as_before(),
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
+    "_entropy_bonus_enabled": lambda: (
+        "self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__)
+    ),
     "_get_output_dir": lambda: (
         list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
+    ),
+    "_is_vision_dataset": lambda: all(
+        "self._is_vision_dataset =" in inspect.getsource(trainer.__init__)
+        for trainer in (DPOTrainer, KTOTrainer)
     ),
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
@@ -250,6 +258,11 @@ def test_a_private_name_of_another_package_means_what_it_did(name: str) -> None:
 
 
 UPSTREAM: dict[str, tuple[Any, str]] = {
+    "loss._loss": (Trainer, "_prepare_inputs"),
+    "activations.put_back": (
+        PreTrainedModel,
+        "is_activation_checkpointing|is_gradient_checkpointing",
+    ),
     "loss.refusal names it": (trl.trainer.base_trainer, "_BaseTrainer|BaseTrainer"),
     "activations.enable": (
         PreTrainedModel,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import deque
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,8 +14,9 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from oomguard.levers import activations, loss, metrics
+from oomguard.levers import activations, metrics
 from oomguard.levers.live import Levers, read_plan
+from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.testing import VirtualCard
 from tests import tiny
@@ -247,13 +247,13 @@ def test_merged_metrics_of_passes_are_those_of_the_whole_batch(tmp_path: Path) -
     for trainer, parts in ((whole, [batch]), (parted, passes)):
         trainer.model.train()
         trainer._metrics["train"]["entropy"].append(3.0)
-        before = metrics.lengths(trainer)
+        entries = metrics.PassEntries(trainer)
         for part in parts:
             trainer.compute_loss(trainer.model, dict(part))
-        if trainer is parted:
-            metrics.merge(trainer, before, partial(loss.shares, passes))
-    merged = dict(parted._metrics["train"])
+            entries.add(part)
+        entries.replace(merged)
+    found = dict(parted._metrics["train"])
     assert len(passes) == 4
-    assert merged == {
+    assert found == {
         name: pytest.approx(values, rel=1e-5) for name, values in whole._metrics["train"].items()
     }

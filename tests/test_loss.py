@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from datasets import Dataset
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from oomguard.levers import activations, loss
 from oomguard.levers.batch import CannotActError
@@ -24,7 +23,6 @@ from oomguard.levers.live import Levers, read_plan
 from oomguard.levers.micro_batch import split
 from tests import tiny
 from tests.kinds import (
-    QUIET,
     SMALL,
     gpt2,
     make,
@@ -167,18 +165,6 @@ def normed(kind: type[nn.Module]) -> Any:
     return model
 
 
-def preferences(folder: Path) -> Any:
-    texts = tiny.texts()[:8]
-    rows = [{"prompt": t[:40], "chosen": t[40:60], "rejected": t[60:80]} for t in texts]
-    return DPOTrainer(
-        model=tiny.llama(),
-        args=DPOConfig(str(folder), **QUIET, bf16=False),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tiny.tokenizer(),
-        peft_config=tiny.LORA,
-    )
-
-
 class OwnSFT(SFTTrainer):
     pass
 
@@ -196,12 +182,11 @@ class OwnSFT(SFTTrainer):
             "output_router_logits",
             marks=tiny.needs(SFTConfig, "router_aux_loss_coef"),  # which TRL sets by itself
         ),
-        (preferences, "TRL's DPOTrainer"),
         (lambda folder: sft(folder, trainer_class=OwnSFT), None),
     ],
     ids=[
         *("moe", "moe without", "moe in sft", "batch norm", "layer norm"),
-        *("moe by default in sft", "dpo", "own sft"),
+        *("moe by default in sft", "own sft"),
     ],
 )
 def test_a_loss_that_needs_whole_batches_is_refused_by_name(

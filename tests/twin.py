@@ -45,7 +45,7 @@ CLOSE = dict.fromkeys(
 )
 """Float order: largest difference of weights and moments, of logged values relative to above 1."""
 
-_CLOCK = ("_runtime", "_per_second")
+_CLOCK = ("_runtime", "_per_second", "step_time")
 
 datasets.disable_progress_bars()
 # Every recovery collects garbage. What the imports made stays anyway, and is a second a time.
@@ -238,9 +238,12 @@ class _Recording(Trainer):
         self._log.calls += 1
         with ExitStack() as self._step_cards:
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if "input_ids" not in inputs:  # samples what it trains on: see compute_loss
+            return loss
         shape, positions = tuple(inputs["input_ids"].shape), inputs.get("position_ids")
         longest = shape[1] if positions is None else int(positions.max()) + 1
-        targets = int(inputs["labels"][..., 1:].ne(-100).sum())
+        labels = inputs.get("labels")
+        targets = 0 if labels is None else int(labels[..., 1:].ne(-100).sum())
         self._log.passes.append(Pass(self.state.global_step + 1, shape, longest, targets))
         return loss
 
@@ -250,6 +253,10 @@ class _Recording(Trainer):
         with ExitStack() as cards:
             self._log.arm("forward", self._log.calls, cards)
             loss = super().compute_loss(*args, **kwargs)
+        if "completion_ids" in args[1]:
+            shape, mask = tuple(args[1]["completion_ids"].shape), args[1]["completion_mask"]
+            made = Pass(self.state.global_step + 1, shape, shape[1], int(mask.sum()))
+            self._log.passes.append(made)
         self._log.arm("backward", self._log.calls, self._step_cards)
         return loss
 
@@ -279,7 +286,9 @@ def _record(trainer: Any, log: _Log, front: tuple[type[Trainer], ...]) -> None:
 
     def recorded(rows: list[Any]) -> Any:
         batch = collate(rows)
-        log.order.append(batch["input_ids"].tolist())
+        sampled = isinstance(batch, list)  # prompts
+        order = [row["prompt"] for row in batch] if sampled else batch["input_ids"].tolist()
+        log.order.append(order)
         return batch
 
     trainer.data_collator = recorded

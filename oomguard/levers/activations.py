@@ -6,6 +6,8 @@ import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 
@@ -70,6 +72,22 @@ def enable(trainer: Any, *, offload: bool = False) -> None:
         # enters them asks for one, and the embeddings of a frozen model do not.
         if kwargs.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
+
+
+def put_back(trainer: Any) -> Callable[[], None]:
+    """What switches checkpointing on again if it is on now, as `args` ask for it.
+
+    TRL switches it off while it generates, and an error there leaves it off.
+    """
+    model: Any = base_model(trainer)
+    if not getattr(model, "is_activation_checkpointing", False):
+        return lambda: None
+
+    def switch_on() -> None:
+        if not model.is_activation_checkpointing:
+            model.activation_checkpointing_enable(_kwargs(trainer) or None)
+
+    return switch_on
 
 
 def _kwargs(trainer: Any) -> dict[str, Any]:

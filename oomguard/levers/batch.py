@@ -27,7 +27,8 @@ class Shape:
     """The size of a batch.
 
     Attributes:
-        units: Rows, or documents of a flat row: the smallest parts that can be run apart.
+        units: Rows, pairs of rows, or documents of a flat row: the smallest parts that can be run
+            apart.
         width: Padded columns, or the length of the longest document of a flat row.
         tokens: Padded tokens: rows times columns, or the length of the flat row.
     """
@@ -158,20 +159,48 @@ def text_spans(batch: Mapping[str, Any]) -> list[Span]:
     ]
 
 
-def measure(batch: object) -> Shape | None:
-    """Return the size of a batch, or `None` when it has no 2-D integer `input_ids`.
+def measure(batch: object, *, pairs: bool = False) -> Shape | None:
+    """Return the size of a batch, or `None` when it has neither tokens nor sampled completions.
 
     Args:
         batch: A collated batch, or whatever a trainer hands over in its place (trainers that
             generate take a list of examples).
+        pairs: Whether row i and row i + rows/2 belong together and are one unit.
     """
     ids = token_ids(batch)
-    if ids is None or not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping):
         return None
+    if ids is None:
+        return _measure_completions(batch)
     if is_flat(batch):
         texts = documents(batch)
         return Shape(units=len(texts), width=max(map(len, texts)), tokens=ids.shape[1])
-    return Shape(units=ids.shape[0], width=ids.shape[1], tokens=ids.numel())
+    units = ids.shape[0] // 2 if pairs else ids.shape[0]
+    return Shape(units=units, width=ids.shape[1], tokens=ids.numel())
+
+
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """Return the padded tokens of a batch, 0 if it has none."""
+    ids = token_ids(batch)
+    shape = _measure_completions(batch) if ids is None else None
+    return ids.numel() if ids is not None else 0 if shape is None else shape.tokens
+
+
+def _measure_completions(batch: Mapping[str, Any]) -> Shape | None:
+    """Measure what TRL's trainers make of their batches: prompts, and completions they sampled."""
+    prompts, completions = batch.get("prompt_ids"), batch.get("completion_ids")
+    if not isinstance(prompts, Tensor) or not isinstance(completions, Tensor):
+        return None
+    width = prompts.shape[1] + completions.shape[1]
+    return Shape(units=len(prompts), width=width, tokens=len(prompts) * width)
+
+
+def count_completion_tokens(batch: Mapping[str, Any]) -> int:
+    """Count the tokens that the loss of sampled completions is over."""
+    mask = batch["completion_mask"]
+    if batch.get("tool_mask") is not None:
+        mask = mask * batch["tool_mask"]
+    return int(mask.sum())
 
 
 def count_targets(batch: Mapping[str, Any], shift: bool) -> int | None:

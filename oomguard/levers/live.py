@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers.models.auto.modeling_auto import (
@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from oomguard import oom
-from oomguard.levers import activations, adapter, loss, optimizer, rank
+from oomguard.levers import activations, adapter, loss, optimizer, rank, trl_losses
 from oomguard.levers.batch import CannotActError
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
@@ -34,10 +34,16 @@ class Window:
     Attributes:
         batches: Collated batches on the device, shortened to `Plan.max_length`.
         num_items: `num_items_in_batch` of the whole step; `None` where the Trainer counts none.
+        inputs: What a trainer that samples completions has made of its batches so far.
     """
 
     batches: list[Any]
     num_items: Any = None
+    inputs: dict[int, Any] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> Any:
+        """What is trained on of batch `index`, as far as it is known."""
+        return self.inputs.get(index, self.batches[index])
 
 
 def read_plan(trainer: Any) -> Plan:
@@ -68,6 +74,7 @@ class Levers:
         """Take the trainer and its own `compute_loss`, not the guard's."""
         self._trainer = trainer
         self._compute_loss = compute_loss
+        self.pairs = trl_losses.in_pairs(trainer)
         self.split_loss: loss.SplitLoss | None = None
         self._frozen: list[Any] = []
 
@@ -141,20 +148,23 @@ class Levers:
     def _refuses_checkpointing(self, after: Plan, window: Window, index: int) -> str | None:
         reason = activations.refusal(self._trainer)
         if reason is None and window.batches:
-            batch, items = window.batches[index], window.num_items
+            batch, items = window[index], window.num_items
             reason = loss.needs_cache(self._trainer, self._compute_loss, batch, items)
         return reason
 
     def _refuses_passes(self, after: Plan, window: Window, index: int) -> str | None:
         if not window.batches:
             return "no batch has been seen yet"
-        return self.refuses_split(window.batches[index], window.num_items)
+        return self.refuses_split(window[index], window.num_items)
 
     def _refuses_length(self, after: Plan, window: Window, index: int) -> str | None:
         model: Any = activations.base_model(self._trainer)
         name, config = type(model).__name__, getattr(model, "config", None)
         if name in _UNSHIFTED or getattr(config, "is_encoder_decoder", False):
             return f"rows of a {name} are not causal text"
+        reason = trl_losses.length_refusal(self._trainer)
+        if reason is not None:
+            return reason
         if not window.batches:
             return "no batch has been seen yet"
         batch = window.batches[index]
@@ -172,7 +182,7 @@ class Levers:
         Needs a loss that adds up over parts of a batch; the first call measures that.
         """
         try:
-            split(batch, 1)
+            split(batch, 1, pairs=self.pairs)
             reason = loss.refusal(self._trainer)
             if reason is None and self.split_loss is None:
                 probe = loss.probe

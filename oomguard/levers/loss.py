@@ -13,9 +13,16 @@ import torch
 from torch import nn
 
 from oomguard import rng
-from oomguard.levers import metrics
+from oomguard.levers import metrics, trl_losses
 from oomguard.levers.activations import base_model, is_checkpointing
-from oomguard.levers.batch import IGNORED_LABEL, CannotActError, count_targets, is_flat, measure
+from oomguard.levers.batch import (
+    IGNORED_LABEL,
+    CannotActError,
+    count_completion_tokens,
+    count_targets,
+    is_flat,
+    measure,
+)
 from oomguard.levers.micro_batch import split
 from oomguard.levers.sequence import shorten
 
@@ -32,7 +39,7 @@ _HALF_TOLERANCE = 1e-2  # some losses have 8 bits, and two batch sizes take two 
 
 
 class SplitLoss:
-    """The form of a trainer's loss: `"sum"`, `"token"`, `"unshifted token"` or `"row"`.
+    """The form of a trainer's loss: `"sum"`, `"row"`, or one of the three that end in `"token"`.
 
     A `sum` (one that is divided by `num_items_in_batch`) adds up over passes; a mean is weighted by
     each pass's share of targets or rows.
@@ -46,17 +53,14 @@ class SplitLoss:
         """What to multiply each pass's loss by; `None` for a sum."""
         if self.form == "sum":
             return None
-        return shares(passes, self.form)
+        return _shares(passes, self.form) or [1 / len(passes)] * len(passes)
 
 
 def refusal(trainer: Any) -> str | None:
     """Why no batch of this trainer can be split, without running anything, or `None`."""
-    for cls in type(trainer).__mro__:
-        package = cls.__module__.partition(".")[0]
-        if package == "trl" and cls.__name__ not in {"SFTTrainer", "_BaseTrainer", "BaseTrainer"}:
-            return f"the loss of TRL's {cls.__name__} is not split over passes"
-        if cls.__name__ == "SFTTrainer":
-            break
+    reason = trl_losses.split_refusal(trainer)
+    if reason is not None:
+        return reason
     model = base_model(trainer)
     config = getattr(model, "config", None)
     if getattr(trainer, "aux_loss_enabled", False) or getattr(
@@ -81,19 +85,23 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     Raises:
         CannotActError: The loss is none of the forms, or the batch cannot be split.
     """
-    whole = _two_units(batch)
-    parts = split(whole, 1)
+    pairs, known = trl_losses.in_pairs(trainer), trl_losses.completion_form(trainer)
+    whole = _two_units(batch, pairs)
+    parts = split(whole, 1, pairs=pairs)
     if len(parts) < 2:
         raise CannotActError(_SINGLE_ROW)
     with _unnoticed(trainer):
         losses = [_loss(trainer, compute_loss, part, num_items) for part in (whole, *parts)]
     expected, found = losses[0], losses[1:]
     forms = {"sum": sum(found)}
-    for form in ("token", "unshifted token", "row"):
+    for form in ("token", "unshifted token", "completion token", "row"):
         shares = _shares(parts, form)
         if shares is not None:
             forms[form] = sum(w * loss for w, loss in zip(shares, found, strict=True))
-    off = {f: abs(value - expected) / max(abs(expected), 1e-6) for f, value in forms.items()}
+    scale = max(abs(expected), 1e-6)
+    if known is not None:  # advantages of both signs may cancel out
+        scale, forms = max(scale, *map(abs, found)), {known: forms.get(known, 0.0)}
+    off = {f: abs(value - expected) / scale for f, value in forms.items()}
     near = [form for form in sorted(off, key=off.__getitem__) if off[form] <= _tolerance(trainer)]
     if not near:
         reason = (
@@ -110,15 +118,16 @@ def probe(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> SplitL
     return SplitLoss(near[0])
 
 
-def _two_units(batch: Any) -> dict[str, Any]:
-    """The first two rows or documents, cut short, with targets by which the forms differ."""
-    shape = measure(batch)
+def _two_units(batch: Any, pairs: bool) -> dict[str, Any]:
+    """The first two rows, pairs or documents, cut short, with targets by which the forms differ."""
+    shape = measure(batch, pairs=pairs)
     if shape is None or shape.units < 2:
         raise CannotActError(_SINGLE_ROW)
     with suppress(CannotActError):  # not causal text: its rows are as long as they are
         batch = shorten(batch, _PROBE_TOKENS, "truncate", 0)
-    passes = split(batch, 1)
-    whole = split(batch, sum(part["input_ids"].numel() for part in passes[:2]))[0]
+    passes = split(batch, 1, pairs=pairs)
+    tokens = sum(found.tokens for found in map(measure, passes[:2]) if found is not None)
+    whole = split(batch, tokens, pairs=pairs)[0]
     labels = whole.get("shift_labels", whole.get("labels"))
     if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         whole = dict(whole)
@@ -189,7 +198,7 @@ def needs_cache(trainer: Any, compute_loss: Any, batch: Any, num_items: Any) -> 
     if not is_flat(batch) or not getattr(config, "use_cache", False):
         return None
     with suppress(CannotActError):
-        whole = _two_units(batch)
+        whole = _two_units(batch, pairs=False)
         with _unnoticed(trainer):
             cached = _loss(trainer, compute_loss, whole, num_items)
             with _without_cache(trainer):
@@ -215,23 +224,21 @@ def _unnoticed(trainer: Any) -> Iterator[None]:
 
 
 def _loss(trainer: Any, compute_loss: Any, batch: dict[str, Any], num_items: Any) -> float:
-    inputs = trainer._prepare_inputs(dict(batch))
+    # Trainers that generate have prepared the batch; once more, and they would generate again.
+    known = trl_losses.generates(trainer)
+    inputs = dict(batch) if known else trainer._prepare_inputs(dict(batch))
     with torch.no_grad(), trainer.compute_loss_context_manager():
         return float(compute_loss(trainer.model, inputs, num_items_in_batch=num_items))
 
 
-def shares(passes: list[dict[str, Any]], form: str) -> list[float]:
-    """Each pass's share of the targets, rows or tokens shown; equal where none is counted."""
-    return _shares(passes, form) or [1 / len(passes)] * len(passes)
-
-
 def _shares(passes: list[dict[str, Any]], form: str) -> list[float] | None:
+    """Each pass's share of the targets or rows; `None` where there is none to count."""
     if form == "sum":
         return None
-    if form == "shown":
-        masks = [part.get("attention_mask") for part in passes]
-        sizes = [part["input_ids"].numel() for part in passes]
-        counts = [n if m is None else int(m.sum()) for n, m in zip(sizes, masks, strict=True)]
+    if form == "completion token":
+        if any("completion_ids" not in part for part in passes):
+            return None
+        counts = [count_completion_tokens(part) for part in passes]
     elif form == "row":
         shapes = [measure(part) for part in passes]
         counts = [0 if shape is None else shape.units for shape in shapes]

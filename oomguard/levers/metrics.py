@@ -1,19 +1,17 @@
-"""The running metrics that a trainer keeps in plain Python: roll back, merge over passes."""
+"""The running metrics that a trainer keeps in plain Python: roll back, replace those of passes."""
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 # Added up by the Trainer's loop between two micro-batches, so no attempt to run one changes it.
 _LOOP_OWNS = "current_flos"
-_LARGEST_DICT = 1000
-_MASKED_ENTROPY = "per_token_entropy * attention_mask"
+LARGEST_DICT = 1000
 
 
 def mark(trainer: Any) -> Callable[[], None]:
@@ -39,7 +37,7 @@ def mark(trainer: Any) -> Callable[[], None]:
 def _mark(value: Any, undo: list[Callable[[], None]]) -> None:
     if isinstance(value, list):
         undo.append(partial(_truncate, value, len(value)))
-    elif isinstance(value, dict) and len(value) <= _LARGEST_DICT:
+    elif isinstance(value, dict) and len(value) <= LARGEST_DICT:
         undo.append(partial(_refill, value, dict(value)))
         for inner in value.values():
             _mark(inner, undo)
@@ -63,39 +61,32 @@ def lengths(trainer: Any, mode: str = "train") -> dict[str, int]:
     return {key: len(values) for key, values in own.items()} if isinstance(own, dict) else {}
 
 
-def merge(
-    trainer: Any,
-    before: dict[str, int],
-    shares: Callable[[str], Sequence[float]],
-    mode: str = "train",
-) -> None:
-    """Turn the entries that the passes of one batch made into the one the whole batch makes.
+class PassEntries:
+    """What the passes of one batch add to TRL's metrics, to be replaced in the end."""
 
-    Args:
-        trainer: The trainer, after the passes.
-        before: `lengths` before them.
-        shares: The share of each pass, adding up to 1, in the batch's `"token"`s that are targets
-            or in its `"shown"` ones.
-        mode: As in `lengths`.
-    """
-    prompts = {"entropy"} if entropy_counts_prompts(trainer) else set()
-    for key, length in lengths(trainer, mode).items():
-        values = trainer._metrics[mode][key]
-        start, weights = before.get(key, 0), shares("shown" if key in prompts else "token")
-        if length - start == len(weights) > 1:
-            values[start:] = [sum(w * v for w, v in zip(weights, values[start:], strict=True))]
+    def __init__(self, trainer: Any, mode: str = "train") -> None:
+        """Start before the first pass; `mode` as in `lengths`."""
+        self._trainer = trainer
+        self._mode = mode
+        self._start = self._last = lengths(trainer, mode)
+        self._found: dict[str, list[tuple[Any, float]]] = {}
 
+    def add(self, part: Any) -> None:
+        """Note what the pass `part` has entered."""
+        now = lengths(self._trainer, self._mode)
+        for key, length in now.items():
+            new = self._trainer._metrics[self._mode][key][self._last.get(key, 0) : length]
+            self._found.setdefault(key, []).extend((part, value) for value in new)
+        self._last = now
 
-def entropy_counts_prompts(trainer: Any) -> bool:
-    """Whether `entropy` is a mean over all tokens shown, as in TRL before 1.3, not over targets.
+    def replace(
+        self, combine: Callable[[Any, dict[str, list[tuple[Any, float]]]], dict[str, float]]
+    ) -> None:
+        """Put one entry in the place of those of the passes, for each metric that `combine` names.
 
-    Nothing but the arithmetic in `SFTTrainer.compute_loss` has changed with it.
-    """
-    return any(_MASKED_ENTROPY in _loss_source(cls) for cls in type(trainer).__mro__)
-
-
-@cache
-def _loss_source(cls: type) -> str:
-    """The source of TRL's own `compute_loss` in this class; empty for other classes."""
-    known = cls.__module__.startswith("trl.") and "compute_loss" in vars(cls)
-    return inspect.getsource(vars(cls)["compute_loss"]) if known else ""
+        Args:
+            combine: As `merged_metrics.merged`.
+        """
+        for key, value in combine(self._trainer, self._found).items():
+            entries = self._trainer._metrics[self._mode].setdefault(key, [])
+            entries[self._start.get(key, 0) :] = [value]

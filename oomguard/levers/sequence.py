@@ -19,9 +19,9 @@ from oomguard.levers.batch import (
     is_flat,
     is_integer,
     is_scalar,
-    measure,
     rebuild_boundaries,
     text_spans,
+    token_ids,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def shorten(
     if max_length < 2:
         msg = f"max_length must be at least 2, or no token is left to predict: {max_length}"
         raise ValueError(msg)
-    if measure(batch) is None:
+    if token_ids(batch) is None:
         msg = "the batch has no 2-D integer input_ids to shorten"
         raise CannotActError(msg)
     texts = text_spans(batch)
