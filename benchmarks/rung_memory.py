@@ -66,7 +66,7 @@ class Setting:
         """What stands above its table."""
         trained = "all weights" if self.rank is None else f"LoRA r={self.rank}"
         size = f"{LAYERS} layers of {self.hidden_size}"
-        return f"{size}, {trained}, {self.rows} rows x {self.length} tokens"
+        return f"{size}, {trained}, {self.rows} x {self.length} tokens"
 
 
 ADAPTERS = {
