@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 _STEPS = 100  # more than the walk makes
-_ENOUGH_S = 3.0
+_ENOUGH_S = 2.0
 _SAME_LOSS = {"bf16": 1e-2, "fp64": 1e-9}
 _TIMES_FLOOR = 3
 _LEFT_OVER_BYTES = 32 * 2**20
@@ -144,7 +144,7 @@ def paged(bench: Bench) -> Result:
 
 def exact(bench: Bench) -> Result:
     """LoRA in bf16: checkpoints, then offloaded ones, against twins without a guard."""
-    compared = Comparison.start(bench, bench.scale.lora("full " * 6))
+    compared = Comparison.start(bench, bench.scale.lora("full " * 5))
     rungs = Ladder(CheckpointActivations(), OffloadActivations())
     if bench.scale.tiny:
         rungs = Ladder(CheckpointActivations())
