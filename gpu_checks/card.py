@@ -26,6 +26,10 @@ class Session(Protocol):
     def ooms(self) -> int:
         """Allocations that failed so far, those that were repeated included."""
 
+    @property
+    def outside_bytes(self) -> int | None:
+        """Bytes in use on the device that PyTorch has not reserved; `None` without a device."""
+
     def peaks(self) -> tuple[int, int | None]:
         """Most bytes allocated and reserved since the last call; starts anew."""
 
@@ -74,6 +78,12 @@ class GpuSession:
         """See `Session`."""
         return self._failed() - self._ooms
 
+    @property
+    def outside_bytes(self) -> int | None:
+        """See `Session`: CUDA's context, libraries, memory that bitsandbytes pages."""
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        return int(total_bytes - free_bytes - torch.cuda.memory_reserved())
+
     def peaks(self) -> tuple[int, int | None]:
         """See `Session`."""
         found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -119,6 +129,11 @@ class VirtualSession(VirtualCard):
         except torch.OutOfMemoryError:
             self.ooms += 1
             raise
+
+    @property
+    def outside_bytes(self) -> int | None:
+        """See `Session`."""
+        return None
 
     def peaks(self) -> tuple[int, int | None]:
         """See `Session`; nothing is reserved on this card."""

@@ -12,6 +12,7 @@ from gpu_checks.trial import (
     Toggle,
     Trial,
     largest_difference,
+    losses_apart,
     run,
     update_difference,
 )
@@ -74,6 +75,7 @@ class Comparison:
         result: Where failures go.
         runs: A row for each trial.
         recoveries: A row for each recovery.
+        loss_floor: How far the losses of two twins are apart at the most.
     """
 
     job: Job
@@ -83,13 +85,14 @@ class Comparison:
     result: Result
     runs: list[Row] = field(default_factory=list)
     recoveries: list[Row] = field(default_factory=list)
+    loss_floor: float = 0.0
 
     @classmethod
     def start(cls, bench: Bench, job: Job, **how: Any) -> Comparison:
         """Train twice without a guard: how far apart do the two end?"""
         first, twin = bench.run(job, **how), bench.run(job, **how)
         floors = largest_difference(first, twin), update_difference(first, twin)
-        comparison = cls(job, twin, *floors, Result())
+        comparison = cls(job, twin, *floors, Result(), loss_floor=losses_apart(first, twin))
         comparison.add("no guard", twin)
         return comparison
 

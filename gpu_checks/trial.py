@@ -216,10 +216,15 @@ def _train(
 def _weights(trainer: CheckedTrainer) -> Weights:
     model: Any = trainer.model
     return {
-        name: parameter.detach().cpu().numpy().copy()
+        name: _exact(parameter.detach().cpu()).numpy().copy()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """The same numbers in a type that NumPy has."""
+    return values.float() if values.dtype is torch.bfloat16 else values
 
 
 def largest_difference(one: Trial, other: Trial) -> float:
@@ -235,6 +240,11 @@ def largest_difference(one: Trial, other: Trial) -> float:
             ]
         )
     )
+
+
+def losses_apart(one: Trial, other: Trial) -> float:
+    """The largest difference of the losses of any step; NaN if one of them is."""
+    return float(np.max(np.abs(np.subtract(one.losses, other.losses))))
 
 
 def update_difference(one: Trial, other: Trial) -> float:

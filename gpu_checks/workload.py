@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from gpu_checks.quantized import to_nf4
 from oomguard import CheckpointActivations, HalveSequence, Ladder, SplitBatch
 
 if TYPE_CHECKING:
@@ -36,6 +37,15 @@ PRECISION = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
+}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
 }
 LLAMA_1B = {
     "vocab_size": 128256,
@@ -74,13 +84,14 @@ class Job:
 
     Attributes:
         model: Arguments of `LlamaConfig`.
-        load: What the model is loaded in, a key of `PRECISION`.
+        load: What the model is loaded in, a key of `PRECISION` or `"nf4"`.
         train: Mixed precision of the training; `"fp32"` and `"fp64"` are none.
         lora: Whether adapters are trained on all linear layers instead of all weights.
         batches: Row lengths of every loaded batch, in the order of training.
         accumulation: Loaded batches of one optimizer step.
         optim: `TrainingArguments.optim`.
         on_cpu: Whether to train on the CPU.
+        rank: Of the adapters.
     """
 
     model: dict[str, Any]
@@ -91,6 +102,7 @@ class Job:
     accumulation: int
     optim: str
     on_cpu: bool
+    rank: int = 16
 
     @property
     def steps(self) -> int:
@@ -158,6 +170,20 @@ class Scale:
             on_cpu=self.tiny,
         )
 
+    def qlora(self, steps: int) -> Job:
+        """LoRA r=64 on all linear layers of the Llama-3-8B shape in NF4, without checkpointing."""
+        return Job(
+            model=TINY if self.tiny else LLAMA_8B,
+            load="nf4",
+            train="fp32" if self.tiny else "bf16",
+            lora=True,
+            batches=((self.width,) * 4,) * steps,
+            accumulation=1,
+            optim="adamw_torch_fused",
+            on_cpu=self.tiny,
+            rank=16 if self.tiny else 64,
+        )
+
     def full(self, steps: int) -> Job:
         """All weights in fp32, passes far smaller than the model, AdamW over lists of tensors."""
         rows = (16,) if self.tiny else (128, 128)
@@ -201,7 +227,7 @@ def build_trainer(job: Job, folder: Path, callbacks: list[TrainerCallback]) -> C
         args=_arguments(job, folder),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=_tokenizer(vocabulary),
-        peft_config=_adapters() if job.lora else None,
+        peft_config=_adapters(job.rank) if job.lora else None,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -230,8 +256,10 @@ def _arguments(job: Job, folder: Path) -> SFTConfig:
     )
 
 
-def _adapters() -> LoraConfig:
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+def _adapters(rank: int) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def _model(job: Job) -> Any:
@@ -243,8 +271,10 @@ def _model(job: Job) -> Any:
         max_position_embeddings=131072,
     )
     set_seed(0)
+    compute = PRECISION[job.train if job.load == "nf4" else job.load]
     with torch.device("cpu" if job.on_cpu else "cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=PRECISION[job.load])
+        model = AutoModelForCausalLM.from_config(config, dtype=compute)
+    return to_nf4(model, compute) if job.load == "nf4" else model
 
 
 @cache

@@ -146,6 +146,13 @@ def test_checkpoints_that_the_user_keeps_on_the_host_stay_there(tmp_path: Path) 
     assert trainer.model.model.layers[0]._gradient_checkpointing_func.func is not checkpoint
 
 
+def test_checkpoints_of_a_training_on_the_host_cannot_be_offloaded(tmp_path: Path) -> None:
+    trainer = make(tmp_path, activation_checkpointing=True)
+    plan = read_plan(trainer)
+    reason = Levers(trainer, None).refuses_start(plan, replace(plan, offload_activations=True))
+    assert reason == "the training is on the host already"
+
+
 def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **changes})
 

@@ -50,6 +50,8 @@ def is_offloading(trainer: Any) -> bool:
 
 def refuses_offload(trainer: Any) -> str | None:
     """Why what checkpointing keeps cannot go to the host, or `None`."""
+    if trainer.args.device.type == "cpu":
+        return "the training is on the host already"
     model = base_model(trainer)
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None or "offload" not in inspect.signature(enable).parameters:
