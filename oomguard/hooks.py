@@ -72,6 +72,7 @@ class Hooks:
             type("RetriedScalar", (RetriedScalar,), {"make_room": transaction.make_room}),
         )
         self._intercept(trainer.callback_handler, "call_event", name_callback)
+        self._lasting = len(self._undo)  # what stays from one training to the next
 
     def batches(self, epoch_iterator: Iterator[Any]) -> Iterator[Any]:
         """The epoch's batches made safe; one and the same iterator per epoch."""
@@ -163,13 +164,14 @@ class Hooks:
     def restore(self) -> None:
         """Leave loader, accelerator and optimizer as they were; the next epoch begins anew."""
         self.feed.detach()
-        self._undo_to(0)
+        self._undo_to(self._lasting)
         self._source = None
 
     def remove(self) -> None:
         """Leave all that has been intercepted as it was, and the loss."""
         self.setup.close()
         self.restore()
+        self._undo_to(0)
         self.loss_class.make_room = None
         running_loss = getattr(self._trainer, "_tr_loss", None)
         if isinstance(running_loss, RetriedScalar):

@@ -193,9 +193,6 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},
-    "_prepare_inputs": lambda: (
-        list(inspect.signature(Trainer._prepare_inputs).parameters)[1:] == ["inputs"]
-    ),
     "_schema": lambda: (
         torch.ops.aten.add_.Tensor._schema.is_mutable
         and not torch.ops.aten.add.Tensor._schema.is_mutable

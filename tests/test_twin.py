@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from datasets import Dataset
 
+from oomguard.checkpoint import read
 from oomguard.ladder import Ladder
 from oomguard.rungs import CheckpointActivations, SplitBatch
 from oomguard.testing import VirtualCard
@@ -180,12 +181,19 @@ def test_a_run_resumed_from_a_checkpoint_of_a_guarded_run_ends_the_same(
     assert_same(recovered, uninterrupted, allowed)
 
     resumed = run(saving, **_resuming(tmp_path / "guarded"))
-    again = run(saving, ladder, {("backward", 2): 12}, **_resuming(tmp_path / "guarded"))
+    # It goes on from the rung that was reached, so that it needs another one.
+    reached = read(tmp_path / "guarded" / "checkpoint-2")
+    assert reached is not None
+    earlier = len(reached.recoveries)
+    again = run(
+        saving, BOTH, {("backward", 2): 12}, earlier=earlier, **_resuming(tmp_path / "guarded")
+    )
+    assert again.rungs[:earlier] == [rung] * earlier
     assert resumed.order == uninterrupted.order[4:]
     # A resumed trainer begins its own count of tokens, list of events and mean of losses.
     own = dict.fromkeys(("num_tokens", "events", "order", "train_loss"), math.inf)
     assert_same(resumed, uninterrupted, allowed | own)
-    assert_same(again, run(saving, **_resuming(tmp_path / "twin")), allowed)
+    assert_same(again, run(saving, **_resuming(tmp_path / "twin")), CLOSE)
 
 
 def _resuming(folder: Path) -> dict[str, Any]:
