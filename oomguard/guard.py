@@ -18,6 +18,7 @@ from oomguard.ladder import Ladder
 from oomguard.levers.live import Levers, optim_name, read_plan
 from oomguard.outside import Outside
 from oomguard.plan import Plan
+from oomguard.protection import Course
 from oomguard.report import Report, Status
 from oomguard.rollout_step import transaction_of
 from oomguard.rung import rung_name
@@ -109,7 +110,7 @@ class Guard:
         self._descent = Descent(self._ladder, levers, self.report)
         transaction = transaction_of(self._trainer, levers, self._descent)
         outside = Outside(self._trainer, self._descent)
-        course = hooks.Course(self._begin, self._resume)
+        course = Course(self._begin, self._resume)
         self._hooks = hooks.install(self._trainer, transaction, outside, course)
         self._state = OomguardState.of(self._descent.reached)
         self._trainer.add_callback(self._state)

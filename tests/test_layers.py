@@ -38,6 +38,7 @@ LAYERS = (
     "callbacks",
     "step",
     "rollout_step",
+    "protection",
     "hooks",
     "guard",
     "guarded_train",
