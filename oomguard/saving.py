@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,11 +129,21 @@ def _rotate(run_dir: Path, trainer: Any) -> None:
     limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
     if limit is None or limit <= 0:
         return
-    checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
+    checkpoints = _by_age(run_dir)
     kept = {*checkpoints[-1:], *([Path(best)] if best is not None else [])}
     surplus = len(checkpoints) - max(limit, len(kept))
     for checkpoint in [path for path in checkpoints if path not in kept][: max(0, surplus)]:
         _retire(checkpoint)
+
+
+def _by_age(run_dir: Path) -> list[Path]:
+    """Checkpoints in upstream's order: by time, or by step on file systems that keep no time."""
+    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    times = {path: path.stat().st_mtime for path in found}
+    if max(times.values(), default=0.0) - min(times.values(), default=0.0) >= 1:
+        return sorted(found, key=lambda path: (times[path], str(path)))
+    steps = [path for path in found if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _sync(folder: Path) -> None:

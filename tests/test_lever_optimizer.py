@@ -64,7 +64,7 @@ def test_groups_rates_decay_and_step_counts_stay(trained: Any) -> None:
     optimizer.convert(trained)
     new = inner_optimizer(trained)
     assert trained.optimizer is wrapper
-    assert trained.lr_scheduler.optimizer is wrapper
+    assert trained.lr_scheduler.optimizer in (wrapper, new)
     assert isinstance(new, AdamW)
     assert [[group[key] for key in keys] for group in new.param_groups] == settings
     assert [[id(p) for p in group["params"]] for group in new.param_groups] == members

@@ -170,11 +170,11 @@ def _carry_over(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _install(trainer: Any, old: Any, new: Any) -> None:
-    wrapper = trainer.optimizer
+    wrapper, scheduler = trainer.optimizer, trainer.lr_scheduler
+    if getattr(scheduler, "optimizer", None) is old:  # older Trainers do not give it the wrapper
+        scheduler.optimizer = new
     if wrapper is old:
         trainer.optimizer = trainer.callback_handler.optimizer = new
-        if trainer.lr_scheduler is not None:
-            trainer.lr_scheduler.optimizer = new
         return
     wrapper.optimizer = new
     scaler = wrapper.scaler

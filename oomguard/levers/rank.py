@@ -114,8 +114,9 @@ def _lower(adapter: Adapter, rank: int, optimizer: Any) -> float:
 def set_rank(adapter: Adapter, rank: int) -> None:
     """Tell PEFT's layer its new rank; the scaling stays, so alpha changes."""
     layer, key = adapter.layer, adapter.key
-    per_rank = math.sqrt(rank) if layer.use_rslora.get(key) else rank
-    alpha = layer.scaling[key] * per_rank
+    # rsLoRA divides alpha by the root of the rank; not every PEFT keeps on the layer which it was.
+    rooted = math.isclose(layer.lora_alpha[key], layer.scaling[key] * math.sqrt(layer.r[key]))
+    alpha = layer.scaling[key] * (math.sqrt(rank) if rooted and layer.r[key] > 1 else rank)
     layer.r[key] = rank
     layer.lora_alpha[key] = int(alpha) if float(alpha).is_integer() else alpha
     if key in layer.lora_A:
