@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoraConfig, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
 
 import oomguard
 from oomguard import LowerRank, NarrowTargets, OOMEvent, PageOptimizer8bit
@@ -71,11 +71,20 @@ def qlora_by_path(folder: Path, **changes: Any) -> Trainer:
     )
 
 
+def qlora_wrapped(folder: Path, **changes: Any) -> Trainer:
+    base = AutoModelForCausalLM.from_pretrained(saved_model(), quantization_config=NF4)
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    set_seed(0)
+    model: Any = get_peft_model(base, ADAPTERS)
+    return sft(folder, model=model, lora=None, max_steps=4, **changes)
+
+
 BUILDS: dict[str, Build] = {
     "LoRA": lora,
     "QLoRA": partial(qlora, prepared=False),
     "QLoRA prepared": partial(qlora, prepared=True),
     "QLoRA by path": qlora_by_path,
+    "QLoRA wrapped": qlora_wrapped,
     "full": full,
 }
 RUNGS: dict[str, Rung] = {
@@ -88,7 +97,7 @@ CASES = [
     (build, rung)
     for build in BUILDS
     for rung in RUNGS
-    if build != "full" or rung == "PageOptimizer8bit"
+    if build not in {"full", "QLoRA wrapped"} or rung == "PageOptimizer8bit"
 ]
 
 
