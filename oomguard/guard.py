@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,6 +16,7 @@ from oomguard.checkpoint import OomguardState, Reached, read
 from oomguard.descent import Descent
 from oomguard.errors import ConfigurationError, UnsupportedTrainerError
 from oomguard.ladder import Ladder
+from oomguard.levers import trl_losses
 from oomguard.levers.live import Levers, optim_name, read_plan
 from oomguard.outside import Outside
 from oomguard.plan import Plan
@@ -212,6 +214,11 @@ def _reasons(trainer: Any) -> list[str]:
         )
     if getattr(trainer, "is_fsdp_enabled", False):
         reasons.append("FSDP shards weights over processes; train without args.fsdp.")
+    if trl_losses.is_unknown(trainer):
+        reasons.append(
+            f"{type(trainer).__name__} is one of TRL {version('trl')}, whose sampling and loss are "
+            "not known here; upgrade trl, which the README's versions tell."
+        )
     optim = optim_name(args)
     if "lomo" in optim or optim.endswith("_layerwise"):
         reasons.append(

@@ -11,6 +11,7 @@ import pytest
 from oomguard.ladder import Ladder
 from oomguard.rungs import SplitBatch
 from oomguard.testing import VirtualCard
+from tests import tiny
 from tests.preferences import dpo
 from tests.sampling import grpo
 from tests.test_every_allocation import (
@@ -22,6 +23,9 @@ from tests.test_every_allocation import (
 )
 from tests.test_sampling import CLOSE
 from tests.twin import Build, beyond, differences, run
+
+pytestmark = tiny.needs_rows_of_pairs
+
 
 DPO = (
     *("mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen"),

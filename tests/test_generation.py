@@ -19,6 +19,7 @@ from oomguard.levers.activations import is_checkpointing
 from oomguard.levers.journal import Journal
 from oomguard.rungs import SplitBatch
 from oomguard.testing import VirtualCard
+from tests import tiny
 from tests.sampling import grpo, reward_calls
 from tests.test_hooks import calls
 from tests.tiny import largest_difference, weights
@@ -26,6 +27,9 @@ from tests.twin import EXACT, Build, assert_same, run, twin
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+pytestmark = tiny.needs_rows_of_pairs
 
 
 class Failing(GRPOTrainer):

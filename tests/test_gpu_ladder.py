@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTConfig
 
 from gpu_checks import ladder
 from gpu_checks.quantized import to_nf4
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Row = dict[str, Any]
+
+
+pytestmark = models.needs(SFTConfig, "train_sampling_strategy")
 
 
 @pytest.fixture(scope="module")

@@ -171,6 +171,7 @@ def test_accelerates_loader_moves_batches_by_its_device_alone() -> None:
 
 # Private names of other packages that oomguard uses, each with a check that it still means the
 # same there. `testing` is left out: its own tests run every one of them.
+OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
 PRIVATE: dict[str, Callable[[], Any]] = {
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
@@ -181,14 +182,17 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_disable_current_modes": lambda: sees_nothing(_disable_current_modes()),
     "_get_current_dispatch_mode_stack": lambda: _get_current_dispatch_mode_stack() == [],
     "_entropy_bonus_enabled": lambda: (
-        "self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__)
+        OLDER_TRL or ("self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__))
     ),
     "_get_output_dir": lambda: (
         list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     ),
-    "_is_vision_dataset": lambda: all(
-        "self._is_vision_dataset =" in inspect.getsource(trainer.__init__)
-        for trainer in (DPOTrainer, KTOTrainer)
+    "_is_vision_dataset": lambda: (
+        OLDER_TRL
+        or all(
+            "self._is_vision_dataset =" in inspect.getsource(trainer.__init__)
+            for trainer in (DPOTrainer, KTOTrainer)
+        )
     ),
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
@@ -268,7 +272,10 @@ UPSTREAM: dict[str, tuple[Any, str]] = {
     "activations.refusal": (PreTrainedModel, "supports_gradient_checkpointing"),
     "activations.is_checkpointing": (GradientCheckpointingLayer, "gradient_checkpointing"),
     "activations.base_model": (peft.PeftModel, "get_base_model"),
-    "activations.refuses_offload": (PreTrainedModel, "activation_checkpointing_enable"),
+    "activations.refuses_offload": (
+        PreTrainedModel,
+        "activation_checkpointing_enable|gradient_checkpointing_enable",
+    ),
     "optimizer.convert": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_pre_hooks"),
     "optimizer.convert, too": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_post_hooks"),
     "loss.probe": (Linear4bit(2, 2), "support_avx512bf16_for_cpu"),

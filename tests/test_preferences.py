@@ -9,8 +9,12 @@ import pytest
 from oomguard.ladder import Ladder
 from oomguard.rungs import CheckpointActivations, SplitBatch
 from oomguard.testing import VirtualCard
+from tests import tiny
 from tests.preferences import dpo, kto, margins, reward
 from tests.twin import CHECKPOINT, EXACT, SPLIT, Build, assert_same, run, twin
+
+pytestmark = tiny.needs_rows_of_pairs
+
 
 CLOSE = dict.fromkeys(
     (

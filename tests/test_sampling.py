@@ -10,8 +10,12 @@ import pytest
 from oomguard.ladder import Ladder
 from oomguard.rungs import CheckpointActivations, SplitBatch
 from oomguard.testing import VirtualCard
+from tests import tiny
 from tests.sampling import grpo, rloo
 from tests.twin import CHECKPOINT, EXACT, SPLIT, Build, assert_same, run, twin
+
+pytestmark = tiny.needs_rows_of_pairs
+
 
 CLOSE = dict.fromkeys(
     (

@@ -10,17 +10,22 @@ import pytest
 import torch
 from trl import GRPOTrainer, RLOOTrainer
 
+import oomguard
 from oomguard.levers import trl_losses
 from oomguard.levers.batch import CannotActError, measure
 from oomguard.levers.live import Levers, read_plan
 from oomguard.levers.micro_batch import split
 from oomguard.plan import Plan
+from tests import tiny
 from tests.kinds import window
 from tests.sampling import grpo, reward_calls, rloo
 from tests.test_trl_losses import compared
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+pytestmark = tiny.needs_rows_of_pairs
 
 
 def sampled(trainer: Any) -> dict[str, Any]:
@@ -78,8 +83,13 @@ def test_a_loss_type_that_is_not_known_is_refused(tmp_path: Path) -> None:
     trainer.loss_type = "of tomorrow"
     reason = "loss_type='of tomorrow' of GRPOTrainer is not known"
     assert trl_losses.split_refusal(trainer) == reason
-    trainer.loss_type, trainer.loss_is_scaled_for_ga = "grpo", None
-    assert "divided by gradient_accumulation_steps" in str(trl_losses.split_refusal(trainer))
+
+
+def test_a_trainer_that_samples_as_older_versions_did_is_refused(tmp_path: Path) -> None:
+    trainer: Any = grpo(tmp_path)
+    trainer.loss_is_scaled_for_ga = None
+    with pytest.raises(oomguard.UnsupportedTrainerError, match="sampling and loss are not known"):
+        oomguard.fit(trainer)
 
 
 def test_completions_are_not_shortened(tmp_path: Path) -> None:

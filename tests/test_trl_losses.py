@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+pytestmark = tiny.needs_rows_of_pairs
+
+
 def compared(function: Callable[..., Any], name: str) -> set[str]:
     """The texts that a function compares a name or an attribute of that name with."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -57,7 +57,9 @@ def full(folder: Path, **changes: Any) -> Trainer:
 
 
 def qlora(folder: Path, *, prepared: bool, **changes: Any) -> Trainer:
-    model = AutoModelForCausalLM.from_pretrained(saved_model(), quantization_config=NF4)
+    path = saved_model()
+    set_seed(0)  # adapters may be drawn before the trainer sets its own
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4)
     if prepared:
         # Checkpointing is off, so that the ladder has it to take.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -65,10 +67,10 @@ def qlora(folder: Path, *, prepared: bool, **changes: Any) -> Trainer:
 
 
 def qlora_by_path(folder: Path, **changes: Any) -> Trainer:
+    path = saved_model()
+    set_seed(0)
     load = {"quantization_config": NF4, "dtype": "float32"}
-    return sft(
-        folder, model=saved_model(), lora=ADAPTERS, max_steps=4, model_init_kwargs=load, **changes
-    )
+    return sft(folder, model=path, lora=ADAPTERS, max_steps=4, model_init_kwargs=load, **changes)
 
 
 def qlora_wrapped(folder: Path, **changes: Any) -> Trainer:

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +59,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         pad_token="<pad>",
         eos_token="<eos>",
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -123,6 +124,10 @@ def needs(function: Callable[..., Any], *arguments: str) -> pytest.MarkDecorator
     return pytest.mark.skipif(not takes(function, *arguments), reason=missing)
 
 
+needs_rows_of_pairs = pytest.mark.skipif(
+    not hasattr(DPOTrainer, "_compute_loss"),
+    reason="TRL's trainers other than SFT lay out their batches otherwise here",
+)
 needs_activation_checkpointing = needs(TrainingArguments, "activation_checkpointing")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+_BASES = ("_BaseTrainer", "BaseTrainer")
 _SFT = "SFTTrainer"
 _PAIRED = frozenset({"DPOTrainer", "RewardTrainer"})
 _PREFERENCE = _PAIRED | {"KTOTrainer"}
@@ -65,7 +66,7 @@ COMPLETION_LOSSES: dict[str, dict[str, str]] = {
 def trl_class(trainer: Any) -> str | None:
     """The name of the TRL trainer that `trainer` is or derives from; `None` for others."""
     for cls in type(trainer).__mro__:
-        if cls.__module__.partition(".")[0] == "trl" and cls.__name__ != "_BaseTrainer":
+        if cls.__module__.partition(".")[0] == "trl" and cls.__name__ not in _BASES:
             return cls.__name__
     return None
 
@@ -84,6 +85,8 @@ def split_refusal(trainer: Any) -> str | None:
         return _completions_refusal(trainer, name)
     if name not in _PREFERENCE:
         return f"the loss of TRL's {name} is not split over passes"
+    if name in ROW_MEANS and not hasattr(trainer, "_compute_loss"):
+        return f"batches of {name} are laid out otherwise in this version of TRL"
     if getattr(trainer, "_is_vision_dataset", False):
         return f"images of {name} are not divided among the rows of a batch"
     for loss_type in _loss_types(trainer):
@@ -100,6 +103,11 @@ def generates(trainer: Any) -> bool:
     return trl_class(trainer) in _GENERATING
 
 
+def is_unknown(trainer: Any) -> bool:
+    """Whether it samples what it trains on in a way that only older versions of TRL have."""
+    return generates(trainer) and getattr(trainer, "loss_is_scaled_for_ga", None) is None
+
+
 def completion_form(trainer: Any) -> str | None:
     """The form of a loss over sampled completions; `None` where it is to be measured."""
     losses = COMPLETION_LOSSES.get(trl_class(trainer) or "", {})
@@ -113,8 +121,6 @@ def _completions_refusal(trainer: Any, name: str) -> str | None:
         return f"entropy_coef of {name} adds a mean over other tokens than the loss has"
     if getattr(trainer, "top_entropy_quantile", 1.0) < 1.0:
         return f"top_entropy_quantile of {name} ranks the tokens of the whole batch"
-    if getattr(trainer, "loss_is_scaled_for_ga", None) is None:
-        return f"{name} does not say whether its loss is divided by gradient_accumulation_steps"
     return None
 
 
