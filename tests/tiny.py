@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pydoc_data.topics
 from functools import cache
@@ -170,7 +171,7 @@ def sft_trainer(
         args=sft_config(output_dir, **changes),
         train_dataset=text_dataset() if dataset is None else dataset,
         processing_class=tokenizer(),
-        peft_config=lora,
+        peft_config=copy.deepcopy(lora),  # PEFT writes what "all-linear" was into it
         **(trainer_arguments or {}),
     )
 
