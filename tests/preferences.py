@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def dpo(folder: Path, *, reference: str = "adapters", **changes: Any) -> DPOTrai
         args=DPOConfig(**{**VALUES, "output_dir": str(folder), **changes}),
         train_dataset=pairs(),
         processing_class=tiny.tokenizer(),
-        peft_config=None if reference == "model" else tiny.LORA,
+        peft_config=None if reference == "model" else copy.deepcopy(tiny.LORA),
     )
 
 
@@ -93,5 +94,5 @@ def kto(folder: Path, **changes: Any) -> KTOTrainer:
         args=KTOConfig(**{**values, "output_dir": str(folder), **changes}),
         train_dataset=labelled(),
         processing_class=tiny.tokenizer(),
-        peft_config=tiny.LORA,
+        peft_config=copy.deepcopy(tiny.LORA),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def grpo(
         args=GRPOConfig(**{**VALUES, "output_dir": str(folder), **changes}),
         train_dataset=prompts(),
         processing_class=tiny.tokenizer(),
-        peft_config=lora,
+        peft_config=copy.deepcopy(lora),
     )
 
 
@@ -91,5 +92,5 @@ def rloo(folder: Path, **changes: Any) -> RLOOTrainer:
         args=RLOOConfig(**{**VALUES, "output_dir": str(folder), **changes}),
         train_dataset=prompts(),
         processing_class=tiny.tokenizer(),
-        peft_config=LEARNED,
+        peft_config=copy.deepcopy(LEARNED),
     )

@@ -153,11 +153,11 @@ def product(a: Any) -> torch.Tensor:
 
 
 def test_the_users_own_config_stays_what_it_was(tmp_path: Path) -> None:
-    lora = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = tiny.sft_trainer(tmp_path, lora=lora)
-    rank.lower(trainer, 4)
+    trainer = make(tmp_path)
     model: Any = trainer.model
-    assert (lora.r, model.peft_config["default"].r) == (8, 4)
+    users = model.peft_config["default"]
+    rank.lower(trainer, 4)
+    assert (users.r, model.peft_config["default"].r) == (8, 4)
 
 
 def test_an_adapter_that_has_not_learned_keeps_rows_of_a(tmp_path: Path) -> None:
