@@ -9,7 +9,6 @@ from oomguard import oom
 from oomguard.checkpoint import Reached
 from oomguard.errors import ConfigurationError, LadderExhaustedError
 from oomguard.levers.loss import SplitLoss
-from oomguard.memory.size import format_bytes
 from oomguard.report import Recovery, Report
 from oomguard.rung import (
     Fidelity,
@@ -193,20 +192,10 @@ class Descent:
         taken = [r.rung for r in self._report.recoveries if r.rung is not None]
         counts = ", ".join(f"{name} x {taken.count(name)}" for name in dict.fromkeys(taken))
         skipped = "; ".join(f"{name}: {reason}" for name, reason in self._skipped.items())
-        numbers = [
-            f"{label} {format_bytes(size)}"
-            for label, size in (
-                ("asked", event.asked_bytes),
-                ("free", event.free_bytes),
-                ("of", event.total_bytes),
-            )
-            if size is not None
-        ]
         advice = " ".join(f"({chr(97 + i)}) {text}" for i, text in enumerate(self._advice(event)))
-        sizes = f" ({', '.join(numbers)})" if numbers else ""
         return (
-            f"Out of memory in {event.phase} of optimizer step {event.step}{sizes}, and the ladder "
-            f"is spent. "
+            f"Out of memory in {event.phase} of optimizer step {event.step}{oom.sizes(event)}, "
+            f"and the ladder is spent. "
             f"Taken so far: {counts or 'no rung'}. Left out: {skipped or 'none'}. "
             f"Nothing of step {event.step} was applied; weights and optimizer are those after step "
             f"{event.step - 1}. What to change: {advice} The error was: {event.message}"

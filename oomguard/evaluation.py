@@ -13,7 +13,7 @@ from oomguard.levers.batch import CannotActError, measure
 from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
-from oomguard.outside import FORGIVEN
+from oomguard.retry import FORGIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,8 @@ from oomguard.descent import Descent
 from oomguard.errors import ConfigurationError, UnsupportedTrainerError
 from oomguard.ladder import Ladder
 from oomguard.levers import trl_losses
-from oomguard.levers.live import Levers, optim_name, read_plan
+from oomguard.levers.live import Levers, read_plan
+from oomguard.levers.optimizer import optim_name
 from oomguard.outside import Outside
 from oomguard.plan import Plan
 from oomguard.protection import Course

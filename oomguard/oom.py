@@ -11,7 +11,7 @@ import torch
 from oomguard.errors import LadderExhaustedError
 from oomguard.event import OOMEvent
 from oomguard.memory import device
-from oomguard.memory.size import parse_bytes
+from oomguard.memory.size import format_bytes, parse_bytes
 
 # Texts of errors that are an out-of-memory although their type does not say so. They are matched
 # in `RuntimeError`s only, whole phrases, case-insensitively.
@@ -137,6 +137,13 @@ def event_of(
         reserved_bytes=facts.reserved_bytes or reserved,
         message=facts.message,
     )
+
+
+def sizes(failure: OOMFacts | OOMEvent) -> str:
+    """What was asked for, free and there at all, in brackets after a space; what is known of it."""
+    known = {"asked": failure.asked_bytes, "free": failure.free_bytes, "of": failure.total_bytes}
+    texts = [f"{name} {format_bytes(size)}" for name, size in known.items() if size is not None]
+    return f" ({', '.join(texts)})" if texts else ""
 
 
 def _read(pattern: re.Pattern[str], text: str) -> int | None:

@@ -14,8 +14,7 @@ from oomguard import oom
 from oomguard.errors import LadderExhaustedError
 from oomguard.levers.batch import Shape, measure
 from oomguard.memory import device
-from oomguard.memory.size import format_bytes
-from oomguard.retry import AllocationRetry, again, watched
+from oomguard.retry import FORGIVEN, AllocationRetry, again, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from oomguard.event import OOMEvent
 
 T = TypeVar("T")
-
-FORGIVEN = 2  # failures of one operation that may pass by themselves
 
 _ADVICE = {
     "evaluate": (
@@ -115,16 +112,13 @@ class Outside:
 
     def spent(self, facts: oom.OOMFacts, tried: str) -> LadderExhaustedError:
         """The error that ends it, with what the user can change."""
-        sizes = {"asked": facts.asked_bytes, "free": facts.free_bytes, "of": facts.total_bytes}
-        known = [f"{name} {format_bytes(size)}" for name, size in sizes.items() if size is not None]
         texts = [*_ADVICE.get(self.phase or "", ()), "use a larger card."]
         advice = " ".join(
             f"({chr(97 + index)}) {text.format(args=self._trainer.args)}"
             for index, text in enumerate(texts)
         )
-        readings = f" ({', '.join(known)})" if known else ""
         return LadderExhaustedError(
             f"Out of memory in {self.phase} after optimizer step {self._trainer.state.global_step}"
-            f"{readings}; {tried}. Weights and optimizer are those after that step. "
+            f"{oom.sizes(facts)}; {tried}. Weights and optimizer are those after that step. "
             f"What to change: {advice} The error was: {facts.message}"
         )

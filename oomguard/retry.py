@@ -25,6 +25,9 @@ from torch.utils._pytree import tree_map_only
 from oomguard import oom, rng
 from oomguard.memory import device
 
+FORGIVEN = 2
+"""Failures of one operation that may pass by themselves."""
+
 T = TypeVar("T")
 MakeRoom = Callable[[oom.OOMFacts, int], None]
 """Called with the failure and the number of failed tries of this operation; frees what it can.

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oomguard import oom
 from oomguard.errors import LadderExhaustedError
 from oomguard.levers import metrics, trl_losses
 from oomguard.levers.merged_metrics import merged
 from oomguard.memory import device
-from oomguard.memory.size import format_bytes
 from oomguard.rollouts import Rollouts
 from oomguard.step import StepTransaction
 
@@ -92,21 +92,12 @@ def _backward(trainer: Any, loss: torch.Tensor) -> None:
 
 def _generation_failed(args: Any, event: OOMEvent) -> str:
     """What ends a training whose sampling does not fit."""
-    numbers = [
-        f"{label} {format_bytes(size)}"
-        for label, size in (
-            ("asked", event.asked_bytes),
-            ("free", event.free_bytes),
-            ("of", event.total_bytes),
-        )
-        if size is not None
-    ]
-    sizes = f" ({', '.join(numbers)})" if numbers else ""
     return (
         f"Out of memory while completions were generated and scored for optimizer step "
-        f"{event.step}{sizes}, again after cached memory had been released. No rung of the ladder "
-        f"makes generation need less, so none was taken. Nothing of step {event.step} was applied; "
-        f"weights and optimizer are those after step {event.step - 1}. What to change: "
+        f"{event.step}{oom.sizes(event)}, again after cached memory had been released. No rung of "
+        f"the ladder makes generation need less, so none was taken. Nothing of step {event.step} "
+        f"was applied; weights and optimizer are those after step {event.step - 1}. "
+        f"What to change: "
         f"(a) a lower generation_batch_size (now {args.generation_batch_size}), by fewer "
         f"num_generations (now {args.num_generations}), of which it is a multiple, by "
         f"steps_per_generation (now {args.steps_per_generation}) or "

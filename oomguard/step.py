@@ -17,7 +17,7 @@ from oomguard.levers.live import Levers, Window
 from oomguard.levers.merged_metrics import merged
 from oomguard.levers.micro_batch import split
 from oomguard.memory import device
-from oomguard.retry import AllocationRetry, release_at_most
+from oomguard.retry import FORGIVEN, AllocationRetry, release_at_most
 from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from oomguard.rung import RungLike
 
 logger = logging.getLogger("oomguard")
-
-_FORGIVEN = 2  # failures of one operation that may pass by themselves
 
 RunBatch = Callable[[Any, Any], torch.Tensor]
 """The trainer's own `training_step` on one batch with `num_items_in_batch`; returns its loss."""
@@ -258,7 +256,7 @@ class StepTransaction:
         began = time.perf_counter()
         device.release_cached()
         event = self._event(facts, max(0, len(self._reported) - 1))
-        taken = self._take(event, event.micro_batch or 0, required=failures > _FORGIVEN)
+        taken = self._take(event, event.micro_batch or 0, required=failures > FORGIVEN)
         self._descent.record(event, taken, time.perf_counter() - began)
 
     def relieve(self, facts: oom.OOMFacts) -> None:

@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def peft_model(trainer: Any) -> Any:
+    """The model inside accelerate's and torch.compile's wrappers, with PEFT's around it."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+
+
 def base_model(trainer: Any) -> nn.Module:
-    """The transformers model inside accelerate's, torch.compile's and PEFT's wrappers."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    """The transformers model inside PEFT's wrapper too."""
+    model = peft_model(trainer)
     return cast("nn.Module", model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.lora import LoraLayer
 
+from oomguard.levers.activations import peft_model
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
@@ -55,11 +57,6 @@ class Adapter:
             and name.split(".")[0] in self.layer.adapter_layer_names
             and self.key in name.split(".")
         ]
-
-
-def peft_model(trainer: Any) -> Any:
-    """The model inside accelerate's and torch.compile's wrappers, with PEFT's around it."""
-    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
 def trained(trainer: Any) -> list[Adapter]:

@@ -56,15 +56,10 @@ def read_plan(trainer: Any) -> Plan:
         max_length=getattr(args, "max_length", None),
         gradient_checkpointing=activations.is_checkpointing(trainer),
         offload_activations=activations.is_offloading(trainer),
-        optim=optim_name(args),
+        optim=optimizer.optim_name(args),
         target_modules=adapter.targets(trainer),
         lora_r=adapter.largest_rank(trainer),
     )
-
-
-def optim_name(args: Any) -> str:
-    """`TrainingArguments.optim` as users write it."""
-    return str(getattr(args.optim, "value", args.optim))
 
 
 class Levers:

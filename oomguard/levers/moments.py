@@ -14,7 +14,7 @@ import torch
 from oomguard import oom
 from oomguard.levers import paging
 from oomguard.memory import device
-from oomguard.retry import again, off_card, release_at_most
+from oomguard.retry import FORGIVEN, again, off_card, release_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,4 +183,4 @@ def _product(value: Tensor, left: Tensor | None, right: Tensor | None, *, square
 
 def retried(action: Callable[[], T]) -> T:
     """`action()`, tried up to three times, each time from an empty cache."""
-    return again(release_at_most(2), action)
+    return again(release_at_most(FORGIVEN), action)

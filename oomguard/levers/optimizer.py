@@ -38,6 +38,11 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 
 
+def optim_name(args: Any) -> str:
+    """`TrainingArguments.optim` as users write it."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
 def refusal(trainer: Any, optim: str | None) -> str | None:
     """Why the trainer's optimizer cannot become `optim`, or `None`."""
     if optim != PAGED_8BIT:
@@ -47,7 +52,7 @@ def refusal(trainer: Any, optim: str | None) -> str | None:
     if find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     if old is None:
-        chosen = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+        chosen = optim_name(trainer.args)
         return None if chosen in _ADAMW else f"optim={chosen!r} is not an AdamW"
     if moments.is_bitsandbytes(old):
         reason = _refuses_bitsandbytes(old)

@@ -12,7 +12,8 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 
 from oomguard.levers import moments
-from oomguard.levers.adapter import Adapter, inner_optimizer, peft_model, trained
+from oomguard.levers.activations import peft_model
+from oomguard.levers.adapter import Adapter, inner_optimizer, trained
 from oomguard.retry import off_card
 
 if TYPE_CHECKING:
