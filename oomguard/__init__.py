@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oomguard.diagnosis.diagnose import diagnose
+    from oomguard.diagnosis.finding import Diagnosis, Finding
     from oomguard.errors import (
         ConfigurationError,
         LadderExhaustedError,
@@ -32,7 +34,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
@@ -50,10 +54,22 @@ __all__ = [
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "diagnose",
     "fit",
 ]
 
-_MODULES = ("errors", "event", "guard", "ladder", "plan", "report", "rung", "rungs")
+_MODULES = (
+    "errors",
+    "event",
+    "guard",
+    "ladder",
+    "plan",
+    "report",
+    "rung",
+    "rungs",
+    "diagnosis.finding",
+    "diagnosis.diagnose",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,7 @@ LAYERS = (
     "guard",
     "guarded_train",
     "under_guard",
+    "diagnosis",
     "supervise",
     "doctor_trial",
     "doctor",

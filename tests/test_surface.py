@@ -10,7 +10,9 @@ from oomguard.testing import VirtualCard
 SURFACE = (
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
@@ -28,11 +30,13 @@ SURFACE = (
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "diagnose",
     "fit",
 )
 
 COMMANDS = {
     "": {"--version"},
+    "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
