@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from oomguard.prediction.subject import depth_of, text_config
@@ -108,15 +107,3 @@ def _logits(config: PretrainedConfig, settings: Settings, tokens: int) -> int:
         return 2 * tile + 4 * tokens * int(text_config(config).hidden_size)
     return 10 * tokens * words  # in the model's type, and twice in float32
 
-
-def meta_model(config: PretrainedConfig, settings: Settings) -> Any:
-    """The model on the meta device: shapes without memory."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attn_implementation,
-        )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
+from oomguard.prediction.model import meta_model
 from oomguard.prediction.result import CLOSED_FORM, Estimate
 from oomguard.prediction.settings import Settings
 from oomguard.prediction.subject import config_of
@@ -54,7 +55,7 @@ class Predictor:
         began = time.perf_counter()
         self.settings.check(plan)
         on = Card.of(card)
-        model = closed_form.meta_model(self.config, self.settings)
+        model = meta_model(self.config, self.settings)
         parts = closed_form.peak(self.config, model, plan, self.settings, rows_of(plan))
         allocated = sum(parts.values())
         reserved = int(allocated * 1.05)
