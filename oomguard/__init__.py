@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from oomguard.guard import Guard, fit
     from oomguard.ladder import Ladder
     from oomguard.plan import Plan
+    from oomguard.prediction.estimate import estimate
+    from oomguard.prediction.result import Estimate
     from oomguard.report import Recovery, Report
     from oomguard.rung import Fidelity, Rung
     from oomguard.rungs import (
@@ -35,6 +37,7 @@ __all__ = [
     "CheckpointActivations",
     "ConfigurationError",
     "Diagnosis",
+    "Estimate",
     "Fidelity",
     "Finding",
     "Guard",
@@ -55,6 +58,7 @@ __all__ = [
     "SplitBatch",
     "UnsupportedTrainerError",
     "diagnose",
+    "estimate",
     "fit",
 ]
 
@@ -69,6 +73,8 @@ _MODULES = (
     "rungs",
     "diagnosis.finding",
     "diagnosis.diagnose",
+    "prediction.estimate",
+    "prediction.result",
 )
 
 

@@ -28,6 +28,7 @@ LAYERS = (
     "feed",
     "optimizer_step",
     "levers",
+    "prediction",
     "rollouts",
     "report",
     "checkpoint",

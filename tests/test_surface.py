@@ -11,6 +11,7 @@ SURFACE = (
     "CheckpointActivations",
     "ConfigurationError",
     "Diagnosis",
+    "Estimate",
     "Fidelity",
     "Finding",
     "Guard",
@@ -31,6 +32,7 @@ SURFACE = (
     "SplitBatch",
     "UnsupportedTrainerError",
     "diagnose",
+    "estimate",
     "fit",
 )
 
