@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from oomguard import oom
+from oomguard import jump, oom
 from oomguard.checkpoint import Reached
 from oomguard.errors import ConfigurationError, LadderExhaustedError
 from oomguard.levers.loss import SplitLoss
@@ -20,12 +20,32 @@ from oomguard.rung import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from oomguard.event import OOMEvent
+    from oomguard.forecast import Forecast
+    from oomguard.jump import Candidate, PassedOver
     from oomguard.ladder import Ladder
     from oomguard.levers.live import Levers, Window
     from oomguard.plan import Plan
 
 logger = logging.getLogger("oomguard")
+
+_OF_PASSES = frozenset({"forward", "backward"})  # what an estimate of a pass tells of
+
+
+class Taken(NamedTuple):
+    """A rung that was taken.
+
+    Attributes:
+        rung: The rung.
+        before: The plan before it.
+        passed_over: Rungs before it that were not tried.
+    """
+
+    rung: RungLike
+    before: Plan
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 class Descent:
@@ -35,12 +55,15 @@ class Descent:
         plan: What the trainer obeys now.
     """
 
-    def __init__(self, ladder: Ladder, levers: Levers, report: Report) -> None:
-        """Start from the report's plan."""
+    def __init__(
+        self, ladder: Ladder, levers: Levers, report: Report, forecast: Forecast | None = None
+    ) -> None:
+        """Start from the report's plan; without a `forecast` no rung is passed over."""
         self.plan = report.plan
         self._ladder = ladder
         self._levers = levers
         self._report = report
+        self._forecast = forecast
         self._skipped: dict[str, str] = {}
 
     def take(
@@ -51,7 +74,7 @@ class Descent:
         *,
         required: bool,
         at_most: Fidelity | None = None,
-    ) -> tuple[RungLike, Plan] | None:
+    ) -> Taken | None:
         """Take the next rung for `event` and make the trainer obey it.
 
         Args:
@@ -63,18 +86,18 @@ class Descent:
                 else an exact one: what a second try may overcome must not change the training.
 
         Returns:
-            The rung and the plan before it; `None` when none was left and none was required.
+            What was taken; `None` when nothing was left and none was required.
 
         Raises:
             LadderExhaustedError: No rung is left and one was required.
         """
         allowed = at_most or (Fidelity.SEMANTIC if required else Fidelity.EXACT)
-        before, chosen = self.plan, self._choose(event, window, index, allowed)
-        if chosen is None:
+        before, choice = self.plan, self._choose(event, window, index, allowed)
+        if choice is None:
             if required:
                 raise LadderExhaustedError(self._exhausted(event))
             return None
-        rung, after = chosen
+        (rung, after, _), passed_over = choice
         try:
             self._levers.apply(before, after)
         except (RuntimeError, MemoryError) as error:
@@ -82,7 +105,7 @@ class Descent:
             self._skipped[rung_name(rung)] = "it ran out of memory itself"
             raise LadderExhaustedError(self._exhausted(event)) from None
         self.plan = self._report.plan = after
-        return rung, before
+        return Taken(rung, before, passed_over)
 
     def go_on(self, reached: Reached, source: str) -> None:
         """Begin on the plan that an earlier run had reached.
@@ -117,12 +140,12 @@ class Descent:
     def record(
         self,
         event: OOMEvent,
-        taken: tuple[RungLike, Plan] | None,
+        taken: Taken | None,
         seconds_lost: float,
         change: str | None = None,
     ) -> None:
         """Add the recovery to the report and log its line."""
-        rung, before = taken if taken is not None else (None, self.plan)
+        rung, before, passed_over = taken if taken is not None else (None, self.plan, ())
         recovery = Recovery(
             event=event,
             rung=None if rung is None else rung_name(rung),
@@ -131,13 +154,32 @@ class Descent:
             after=self.plan,
             seconds_lost=seconds_lost,
             change=change,
+            passed_over=passed_over,
         )
         self._report.recoveries.append(recovery)
         logger.warning("%s", recovery.log_line())
 
     def _choose(
         self, event: OOMEvent, window: Window, index: int, at_most: Fidelity
-    ) -> tuple[RungLike, Plan] | None:
+    ) -> tuple[Candidate, tuple[PassedOver, ...]] | None:
+        candidates = self._candidates(event, window, index, at_most)
+        first = next(candidates, None)
+        if first is None:
+            return None
+        choice: tuple[Candidate, tuple[PassedOver, ...]] = first, ()
+        usable = jump.usable_bytes(event)
+        if self._forecast is not None and usable is not None and event.phase in _OF_PASSES:
+            needs = self._forecast.needs(event, usable)
+            if (needs(self.plan) or 0) > usable:  # else the estimate is of something else
+                deeper = self._deeper(first, event, window, index)
+                choice = jump.choose(first, candidates, deeper, needs, usable)
+        if rung_fidelity(choice[0].rung) is Fidelity.SEMANTIC:
+            self._mention_exact(choice[0].position, event, window, index)
+        return choice
+
+    def _candidates(
+        self, event: OOMEvent, window: Window, index: int, at_most: Fidelity
+    ) -> Iterator[Candidate]:
         order = list(Fidelity)
         for position, rung in enumerate(self._ladder):
             if order.index(rung_fidelity(rung)) > order.index(at_most):
@@ -146,12 +188,23 @@ class Descent:
                 self._skip(rung, f"it frees nothing in {event.phase}")
                 continue
             proposal = self._proposal(rung, event, window, index)
-            if proposal is None:
-                continue
-            if rung_fidelity(rung) is Fidelity.SEMANTIC:
-                self._mention_exact(position, event, window, index)
-            return rung, proposal
-        return None
+            if proposal is not None:
+                yield jump.Candidate(rung, proposal, position)
+
+    def _deeper(
+        self, candidate: Candidate, event: OOMEvent, window: Window, index: int
+    ) -> Iterator[Candidate]:
+        """The same rung taken again and again, as if each time memory had run out once more."""
+        while True:
+            before = candidate.plan
+            event = jump.failing_again(event, before)
+            after = candidate.rung(before, event)
+            if after is None or after == before or _raised_limit(before, after):
+                return
+            if self._levers.refusal(self.plan, after, window, index) is not None:
+                return
+            candidate = candidate._replace(plan=after)
+            yield candidate
 
     def _proposal(self, rung: RungLike, event: OOMEvent, window: Window, index: int) -> Plan | None:
         proposal = rung(self.plan, event)

@@ -15,6 +15,7 @@ from oomguard import hooks
 from oomguard.checkpoint import OomguardState, Reached, read
 from oomguard.descent import Descent
 from oomguard.errors import ConfigurationError, UnsupportedTrainerError
+from oomguard.forecast import Forecast
 from oomguard.ladder import Ladder
 from oomguard.levers import trl_losses
 from oomguard.levers.live import Levers, read_plan
@@ -110,7 +111,8 @@ class Guard:
         """Put the guard in front of the trainer's class."""
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
-        self._descent = Descent(self._ladder, levers, self.report)
+        self._forecast = Forecast(self._trainer, self.report)
+        self._descent = Descent(self._ladder, levers, self.report, self._forecast)
         transaction = transaction_of(self._trainer, levers, self._descent)
         outside = Outside(self._trainer, self._descent)
         course = Course(self._begin, self._resume)
@@ -121,8 +123,12 @@ class Guard:
         return self
 
     def _begin(self, resumed: bool) -> None:
-        if self._start is None:
-            return
+        if self._start is not None:
+            self._go_on(resumed, self._start)
+        if not resumed:  # a resumed run has shown what it needs
+            self._forecast.warn(self._descent.plan)
+
+    def _go_on(self, resumed: bool, start: Reached) -> None:
         if resumed:
             msg = (
                 "plan and resume_from_checkpoint contradict each other: a resumed run goes on with "
@@ -132,7 +138,7 @@ class Guard:
         if self._trainer.model_init is not None:
             msg = "plan cannot be applied to a trainer with model_init; give it a model."
             raise ConfigurationError(msg)
-        start, self._start = self._start, None
+        self._start = None
         self._descent.go_on(start, "plan=")
 
     def _resume(self, checkpoint: Path) -> None:
@@ -151,7 +157,7 @@ class Guard:
         self._trainer.remove_callback(self._state)
         self.report.seconds = time.perf_counter() - self._began
         self.report.train_output = self._hooks.train_output
-        del self._hooks, self._descent  # they hold the last batches
+        del self._hooks, self._descent, self._forecast  # they hold the last batches
         self.report.status = _status(error)
         self.report.error = None if error is None else _told(error)
         if not self._trainer.is_world_process_zero():

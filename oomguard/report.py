@@ -19,6 +19,7 @@ from rich.text import Text
 
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
+from oomguard.jump import PassedOver
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
 from oomguard.rung import Fidelity
@@ -51,6 +52,7 @@ class Recovery:
         after: The plan that the step went on with.
         seconds_lost: Work thrown away plus clean-up, in seconds.
         change: What was changed besides the plan, such as `"eval batch 8 -> 4"`.
+        passed_over: Rungs before it in the ladder that were not tried, by an estimate.
     """
 
     event: OOMEvent
@@ -60,6 +62,7 @@ class Recovery:
     after: Plan
     seconds_lost: float
     change: str | None = None
+    passed_over: tuple[PassedOver, ...] = ()
 
     def log_line(self) -> str:
         """The recovery as one line; readings that could not be taken are left out."""
@@ -71,12 +74,18 @@ class Recovery:
         else:
             fidelity = f" ({self.fidelity.value})" if self.fidelity is not None else ""
             action = f"{self.rung}{fidelity}, {self.before.describe_change(self.after)}"
+            action += f", {self.jump()}" if self.passed_over else ""
         step = f"step {self.event.step}"
         outcome = "redone" if self.event.phase in _REDONE_AFTER else "continued"
         return (
             f"{step}: out of memory in {self.event.phase}{sizes}: {action}; "
             f"{step} {outcome}, {self.seconds_lost:.1f} s lost"
         )
+
+    def jump(self) -> str:
+        """The rungs that were passed over, in words; empty without any."""
+        rungs = ", ".join(map(str, self.passed_over))
+        return f"passed over {rungs}" if rungs else ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recovery:
@@ -90,6 +99,7 @@ class Recovery:
             after=Plan.from_dict(values["after"]),
             seconds_lost=values["seconds_lost"],
             change=values.get("change"),  # not in files of earlier versions
+            passed_over=tuple(map(PassedOver.from_dict, values.get("passed_over", ()))),
         )
 
 
@@ -117,6 +127,7 @@ class Report:
         versions: Of Python and the packages in use.
         started: When the run started.
         seconds: How long it has run.
+        estimate: What was predicted before the run, as JSON types; `None` where nothing was.
     """
 
     initial_plan: Plan
@@ -129,6 +140,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=installed_versions)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: float = 0.0
+    estimate: dict[str, Any] | None = None
 
     @property
     def seconds_lost(self) -> float:
@@ -246,6 +258,7 @@ class Report:
             versions=dict(values["versions"]),
             started=datetime.fromisoformat(values["started"]),
             seconds=values["seconds"],
+            estimate=values.get("estimate"),  # not in files of earlier versions
         )
 
 
@@ -273,9 +286,13 @@ def _cells(recovery: Recovery, wide: bool) -> tuple[str, ...]:
         *_pair(
             recovery.rung or (_UNKNOWN if recovery.change else "released memory"), fidelity, wide
         ),
-        recovery.change or _settings(recovery.before, recovery.after) or "plan unchanged",
+        "\n".join(filter(None, (_changed(recovery), recovery.jump()))),
         f"{recovery.seconds_lost:.1f} s",
     )
+
+
+def _changed(recovery: Recovery) -> str:
+    return recovery.change or _settings(recovery.before, recovery.after) or "plan unchanged"
 
 
 def _to_json(value: Any) -> Any:

@@ -21,10 +21,8 @@ from oomguard.retry import FORGIVEN, AllocationRetry, release_at_most
 from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
-    from oomguard.descent import Descent
+    from oomguard.descent import Descent, Taken
     from oomguard.event import OOMEvent
-    from oomguard.plan import Plan
-    from oomguard.rung import RungLike
 
 logger = logging.getLogger("oomguard")
 
@@ -155,7 +153,7 @@ class StepTransaction:
         self._descent.record(event, taken, now - self._began)
         self._began = now
 
-    def _take(self, event: OOMEvent, index: int, **how: Any) -> tuple[RungLike, Plan] | None:
+    def _take(self, event: OOMEvent, index: int, **how: Any) -> Taken | None:
         # What levers allocate themselves is small: the room that one more collection makes must do.
         with AllocationRetry(release_at_most(1)):
             return self._descent.take(event, self._window, index, **how)

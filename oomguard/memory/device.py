@@ -112,6 +112,24 @@ def allocated_and_reserved_bytes() -> tuple[int | None, int | None]:
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
+def current_name() -> str | None:
+    """The name of the current device; `None` without CUDA."""
+    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
+
+
+def room_bytes() -> int | None:
+    """What this process can have of the current device, with what it has; `None` without CUDA.
+
+    That is what no process uses, and what PyTorch's allocator holds: without CUDA's context, other
+    processes, and what is beyond `torch.cuda.set_per_process_memory_fraction`.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction())
+    return min(free + torch.cuda.memory_reserved(), allowed)
+
+
 def get_rng_states() -> list[torch.Tensor]:
     """The random state of every CUDA device; empty without CUDA."""
     if not torch.cuda.is_initialized():
