@@ -116,7 +116,9 @@ class _Run:
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.mark(LOAD)
             self._load()
-            optimizer = optimizers.create(self._model, self._args.optim.value, self._args)
+            optimizer = optimizers.create(self._model, self._args)
+            if not self._card.is_host:
+                optimizers.use_foreach(optimizer)
             self._autocast()
             self._model.train()
             for _ in range(2):
@@ -253,9 +255,9 @@ class _Run:
         loss = self._loss(inputs)
         del inputs
         recorder.mark(BACKWARD)
-        recorder.in_head = True
+        recorder.in_head = recorder.in_backward = True
         loss.backward()
-        recorder.in_head = False
+        recorder.in_head = recorder.in_backward = False
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> Any:
         items = torch.empty((), dtype=torch.int64)
