@@ -23,6 +23,8 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A 4-bit weight, one absmax of 1 byte (double quantization) or 4 for every 64 of them.
 _QUANTIZED_BYTES = {True: 0.5 + 1 / 64, False: 0.5 + 4 / 64}
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0, "adafactor": 0}
+RESERVED = 1.05
+"""Reserved bytes for one allocated: the mean of the measured runs of `benchmarks/data` and a bit."""
 # TRL projects at most this many tokens and words at a time.
 _HEAD_TILE = (4096, 32768)
 

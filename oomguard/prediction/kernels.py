@@ -48,7 +48,13 @@ def kernels(card: Card) -> dict[Any, Kernel]:
 
 def workspaces() -> dict[Any, Workspace]:
     """Memory inside kernels."""
-    return {_ATEN._scaled_dot_product_efficient_attention_backward.default: _efficient_backward}
+    return {
+        _ATEN._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+        # softmax_backward_cuda_out of SoftMax.cu: grad * output.
+        _ATEN._softmax_backward_data.default: lambda out, *_: [out.nbytes],
+        # _safe_softmax of attention.cpp: the plain softmax, and where its input is -inf.
+        _ATEN._safe_softmax.default: lambda out, *_: [out.nbytes, out.numel()],
+    }
 
 
 def _item(value: Tensor) -> Any:

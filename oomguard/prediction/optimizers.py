@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _PAGED_FROM = 1e5
 
 
-def create(model: nn.Module, optim: str, args: Any) -> Any:
+def create(model: nn.Module, args: Any) -> Any:
     """What `Trainer.create_optimizer` makes, with its groups and overrides.
 
     Raises:
@@ -43,8 +43,15 @@ def create(model: nn.Module, optim: str, args: Any) -> Any:
     try:
         return Trainer.create_optimizer(stand_in)  # type: ignore[arg-type]
     except (ImportError, ValueError) as error:
-        msg = f"optim={optim!r} cannot be made here: {error}"
+        msg = f"optim={args.optim.value!r} cannot be made here: {error}"
         raise ConfigurationError(msg) from error
+
+
+def use_foreach(optimizer: Any) -> None:
+    """Step all parameters at once, as PyTorch's optimizers do by default on a card."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
 
 
 def arguments(optim: str) -> Any:

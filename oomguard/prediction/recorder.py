@@ -17,6 +17,7 @@ Entry = tuple[str, Any, int | None]
 """`("a", id, layer)`, `("f", id, layer)`, or `("m", phase, None)`."""
 
 HEAD = "head"
+_ADD = torch.ops.aten.add.Tensor
 
 
 class Recorder(TorchDispatchMode):
@@ -34,6 +35,7 @@ class Recorder(TorchDispatchMode):
         home: The layer that each id belongs to; `None` outside the layers.
         layer: The layer that runs now.
         in_head: Whether the language-model head or the loss runs now.
+        in_backward: Whether autograd's backward runs now.
         stepping: Whether the optimizer runs now.
     """
 
@@ -52,6 +54,7 @@ class Recorder(TorchDispatchMode):
         self.home: list[int | None] = []
         self.layer: int | None = None
         self.in_head = False
+        self.in_backward = False
         self.stepping = False
 
     def mark(self, phase: str | None) -> None:
@@ -90,15 +93,17 @@ class Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        if func is _ADD and self._accumulates(out, args):
+            return out
         if self.stepping:
             self._see_step(args, out)
             return out
+        self._see(out, func)
         workspace = self._workspaces.get(func)
         if workspace is not None:
             numbers = [self.allocate(n, "workspace") for n in workspace(out, *args)]
             for number in numbers:
                 self.free(number)
-        self._see(out, func)
         return out
 
     def _see(self, out: Any, func: Any) -> None:
@@ -113,6 +118,23 @@ class Recorder(TorchDispatchMode):
         elif isinstance(out, (tuple, list)):
             for item in out:
                 self._see(item, func)
+
+    def _accumulates(self, out: torch.Tensor, args: Any) -> bool:
+        """Whether autograd adds a second gradient to one that it holds.
+
+        It does so in place, unless the tensors are of a subclass, as fake ones are.
+        """
+        if not self.in_backward or torch.is_grad_enabled():
+            return False
+        one, other = args[:2]
+        if not isinstance(other, torch.Tensor) or one.shape != other.shape:
+            return False
+        held = self._held.pop(one.untyped_storage()._cdata, None)
+        if held is None:
+            return False
+        storage = out.untyped_storage()
+        self._held[storage._cdata] = weakref.ref(storage, self._gone(storage._cdata)), held[1]
+        return True
 
     def _gone(self, key: int) -> Callable[[Any], None]:
         def gone(_: Any) -> None:

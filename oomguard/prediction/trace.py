@@ -15,6 +15,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from oomguard.errors import ConfigurationError
 from oomguard.prediction import kernels, load, optimizers
 from oomguard.prediction.layers import Cut, cut, shorten
 from oomguard.prediction.model import meta_model
@@ -60,16 +61,23 @@ class Trace:
 
 
 def trace(
-    config: PretrainedConfig, plan: Plan, settings: Settings, card: Card, rows: int, length: int
+    config: PretrainedConfig,
+    plan: Plan,
+    settings: Settings,
+    card: Card,
+    rows: int,
+    length: int,
+    *,
+    whole: bool = False,
 ) -> Trace:
-    """Trace `rows` x `length` tokens a pass.
+    """Trace `rows` x `length` tokens a pass; of a `whole` model every layer.
 
     Raises:
         Exception: Whatever the model's own code raises on fake tensors.
     """
     paged: list[int] = []
     with _quiet(), world(card, padded=settings.padded), optimizers.on_card(paged):
-        return _Run(config, plan, settings, card, paged).trace(rows, length)
+        return _Run(config, plan, settings, card, paged, whole=whole).trace(rows, length)
 
 
 @contextmanager
@@ -95,6 +103,8 @@ class _Run:
         settings: Settings,
         card: Card,
         paged: list[int],
+        *,
+        whole: bool,
     ) -> None:
         self._plan, self._settings, self._card, self._paged = plan, settings, card, paged
         self._args = optimizers.arguments(plan.optim or "adamw_torch_fused")
@@ -107,7 +117,7 @@ class _Run:
         self._config: Any = self._model.config
         self._warm_bytes = 0 if card.is_host else load.loaded_bytes(self._model, settings)
         every = settings.checkpoint_every_n_layers if plan.gradient_checkpointing else 1
-        self._cut = cut(self._model, text_config(self._config), every)
+        self._cut = None if whole else cut(self._model, text_config(self._config), every)
         if self._cut is not None and self._cut.times > 1:
             shorten(self._model, self._config, self._cut)
 
@@ -116,7 +126,9 @@ class _Run:
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.mark(LOAD)
             self._load()
-            optimizer = optimizers.create(self._model, self._args.optim.value, self._args)
+            optimizer = optimizers.create(self._model, self._args)
+            if not self._card.is_host:
+                optimizers.use_foreach(optimizer)
             self._autocast()
             self._model.train()
             for _ in range(2):
@@ -193,7 +205,11 @@ class _Run:
             # Other values, the same memory: random numbers of fake tensors cost time.
             init_lora_weights=False,
         )
-        self._model = peft.get_peft_model(self._model, config)
+        try:
+            self._model = peft.get_peft_model(self._model, config)
+        except ValueError as error:
+            msg = f"LoRA on {', '.join(plan.target_modules or ())}: {error}"
+            raise ConfigurationError(" ".join(msg.split())[:300]) from error
         if plan.gradient_checkpointing:
             self._model.enable_input_require_grads()
         for name, parameter in self._model.named_parameters():
@@ -253,9 +269,9 @@ class _Run:
         loss = self._loss(inputs)
         del inputs
         recorder.mark(BACKWARD)
-        recorder.in_head = True
+        recorder.in_head = recorder.in_backward = True
         loss.backward()
-        recorder.in_head = False
+        recorder.in_head = recorder.in_backward = False
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> Any:
         items = torch.empty((), dtype=torch.int64)
