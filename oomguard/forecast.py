@@ -7,8 +7,9 @@ no estimate can be made, that is said once and the training goes on without.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oomguard import jump, rng
 from oomguard.errors import ConfigurationError
@@ -16,7 +17,10 @@ from oomguard.levers.trl_losses import trl_class
 from oomguard.memory import device
 from oomguard.memory.cards import HOST, Card
 from oomguard.memory.size import format_bytes
-from oomguard.prediction.predictor import Predictor
+from oomguard.prediction import closed_form
+from oomguard.prediction.model import meta_model
+from oomguard.prediction.predictor import Predictor, rows_of
+from oomguard.prediction.result import TRACED
 from oomguard.prediction.trainer import plan_of
 from oomguard.retry import off_card
 
@@ -30,8 +34,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oomguard")
 
+T = TypeVar("T")
+
 # Others keep a reference model, make pairs of their rows, or sample what they train on.
 _ESTIMATED = (None, "SFTTrainer")
+_ROUGHLY = 2  # how far off the closed form may be at most
+_BUDGET_S = 20.0
+"""What all estimates of a run may take together: a try that fails costs seconds too."""
 
 
 class Forecast:
@@ -43,20 +52,17 @@ class Forecast:
         self._report = report
         self._predictor: Predictor | None = None
         self._known: dict[Plan, Estimate | None] = {}
+        self._spent_s = 0.0
         self._given_up = trl_class(trainer) not in _ESTIMATED
 
     def warn(self, plan: Plan) -> None:
         """Log how much is missing where a training under `plan` is estimated not to fit."""
         room = device.room_bytes()
-        if room is None or self._given_up:
+        if room is None:
             return
-        longest = plan_of(self._trainer).max_length
-        estimate = self._estimate(replace(plan, max_length=longest))
-        if estimate is None:
-            return
-        self._keep(estimate, plan)
-        if not _fits(estimate, room):
-            logger.warning("%s", self._shortage(estimate, room))
+        estimate = self._advised(lambda: self._of_longest_row(plan, room))
+        if estimate is not None and not _fits(estimate, room):
+            self._advised(lambda: logger.warning("%s", self._shortage(estimate, room)))
 
     def needs(self, event: OOMEvent, usable_bytes: int) -> Callable[[Plan], int | None]:
         """What plans need for a batch as large as the one that failed: peaks of allocated bytes.
@@ -69,32 +75,50 @@ class Forecast:
         def needed(plan: Plan) -> int | None:
             if not jump.is_padded(event):
                 return None  # documents of a packed row are not of one length
-            estimate = self._estimate(jump.as_failed(plan, event))
-            if estimate is None:
-                return None
-            self._keep(estimate, plan)
-            return estimate.peak_allocated_bytes
+            failed = jump.as_failed(plan, event)
+            estimate = self._advised(lambda: self._kept(failed, plan, usable_bytes))
+            return None if estimate is None else estimate.peak_allocated_bytes
 
         return needed
 
-    def _keep(self, estimate: Estimate, plan: Plan) -> None:
-        if self._report.estimate is None:
-            self._report.estimate = {**estimate.to_dict(), "plan": plan.to_dict()}
+    def _of_longest_row(self, plan: Plan, room: int) -> Estimate | None:
+        longest = plan_of(self._trainer).max_length
+        return (
+            None if longest is None else self._kept(replace(plan, max_length=longest), plan, room)
+        )
 
-    def _estimate(self, plan: Plan) -> Estimate | None:
-        if self._given_up:
-            return None
+    def _kept(self, asked: Plan, plan: Plan, usable_bytes: int) -> Estimate | None:
+        estimate = self._estimate(asked, usable_bytes)
+        if estimate is not None and self._report.estimate is None:
+            self._report.estimate = {**estimate.to_dict(), "plan": plan.to_dict()}
+        return estimate
+
+    def _estimate(self, plan: Plan, usable_bytes: int) -> Estimate | None:
         if plan not in self._known:
-            self._known[plan] = self._made(plan)
+            began = time.perf_counter()
+            self._known[plan] = self._traced(plan, usable_bytes)
+            self._spent_s += time.perf_counter() - began
         return self._known[plan]
 
-    def _made(self, plan: Plan) -> Estimate | None:
+    def _traced(self, plan: Plan, usable_bytes: int) -> Estimate | None:
+        """The estimate, where it is more than arithmetic, and the card is not far too large."""
+        if self._spent_s > _BUDGET_S:
+            return None
+        if self._predictor is None:
+            self._predictor = Predictor.of(self._trainer)
+        if _ROUGHLY * _roughly_bytes(self._predictor, plan) < usable_bytes:
+            return None
+        estimate = self._predictor.at(plan, _card(self._trainer.args.device.type))
+        return estimate if estimate.method == TRACED else None
+
+    def _advised(self, action: Callable[[], T]) -> T | None:
+        """What `action` returns, off the device and without a trace; `None` where it fails."""
+        if self._given_up:
+            return None
         state = rng.snapshot()
         try:
             with off_card():
-                if self._predictor is None:
-                    self._predictor = Predictor.of(self._trainer)
-                return self._predictor.at(plan, _card(self._trainer.args.device.type))
+                return action()
         except Exception as error:  # noqa: BLE001 - advice must not end a training
             self._given_up = True
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -110,11 +134,17 @@ class Forecast:
             f"PyTorch can have {format_bytes(room)} here"
         )
         for plan in _smaller(estimate.plan):
-            smaller = self._estimate(plan)
+            smaller = self._estimate(plan, room)
             if smaller is not None and _fits(smaller, room):
                 needed = format_bytes(smaller.peak_reserved_bytes)
                 return f"{text}. {_as_code(estimate.plan, plan)} is estimated to need {needed}"
         return f"{text}; nor does one row at a time fit. Use shorter rows, fewer bits or less model"
+
+
+def _roughly_bytes(predictor: Predictor, plan: Plan) -> int:
+    config, settings = predictor.config, predictor.settings
+    model = meta_model(config, settings)
+    return sum(closed_form.peak(config, model, plan, settings, rows_of(plan)).values())
 
 
 def _fits(estimate: Estimate, room: int) -> bool:
