@@ -163,9 +163,7 @@ def _variety(completions: list[str], **_: Any) -> list[float]:
 def _sampled(trainer: Any, config: Any, job: OtherJob, settings: dict[str, Any]) -> Any:
     prompts = Dataset.from_dict({"prompt": job.texts(job.rows * _STEPS, 0.3)})
     longest = 8 if job.tiny else 64
-    # The logits of a tiny reference outweigh all else, and no rung makes those smaller.
-    beta = {"beta": 0.0} if job.tiny else {}
-    args = config(**settings, **beta, num_generations=4, max_completion_length=longest)
+    args = config(**settings, num_generations=4, max_completion_length=longest)
     return trainer(
         job.base(), reward_funcs=_variety, args=args, train_dataset=prompts, **job.given()
     )
