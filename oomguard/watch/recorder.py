@@ -83,7 +83,12 @@ class VRAMRecorder(TrainerCallback):
             self._run.recoveries = self._recoveries()
             if not args.torch_compile:
                 self._run.hook = self._run.tokens.attach(kwargs["model"])
-            self._run.callbacks = live.handler()
+            self._run.callbacks = handler = live.handler()
+            if handler is not None and self in handler.callbacks:
+                # Those after it draw and log what it says. The handler goes through this list now,
+                # and finds what comes after here in its place.
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
             atexit.register(self.close)  # a run that fails does not end
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
