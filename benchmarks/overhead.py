@@ -102,15 +102,15 @@ def measure(watcher: type[TrainerCallback]) -> Table:
     table = Table("", "calls", "median (µs)", "longest (µs)", "a step (µs)")
     table.title = f"{watcher.__name__} on {device_name()}, steps of {step_s * 1e6:,.0f} µs"
     for name, calls in spent_s.items():
-        add_row(table, name, calls)
-    add_row(table, "together", [sum(map(sum, spent_s.values()))])
+        figures = (median(calls), max(calls), sum(calls) / STEPS)
+        table.add_row(name, str(len(calls)), *map(micros, figures))
+    table.add_row("together", "", "", "", micros(sum(map(sum, spent_s.values())) / STEPS))
     return table
 
 
-def add_row(table: Table, name: str, calls: list[float]) -> None:
-    """One method's seconds."""
-    micros = (median(calls) * 1e6, max(calls) * 1e6, sum(calls) * 1e6 / STEPS)
-    table.add_row(name, str(len(calls)), *(f"{value:,.1f}" for value in micros))
+def micros(seconds: float) -> str:
+    """Seconds as text in microseconds."""
+    return f"{seconds * 1e6:,.1f}"
 
 
 def hook_micros() -> float:

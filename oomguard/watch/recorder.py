@@ -207,7 +207,8 @@ class _Run:
 
     def is_due(self) -> bool:
         """Whether the file is older than half a minute."""
-        return self.series.time_s - self._written_s >= _WRITE_EVERY_S
+        latest = self.latest
+        return latest is not None and latest.time_s - self._written_s >= _WRITE_EVERY_S
 
     def write(self) -> None:
         """Write the file; where that fails, the next try is as far away as after a success."""
