@@ -97,9 +97,17 @@ def test_the_tokens_of_a_step_are_those_of_its_batches(tmp_path: Path) -> None:
     assert len(set(batches)) > 1
 
 
+class Spike(TrainerCallback):
+    """Needs much memory for a moment, before the first step only."""
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            torch.zeros(200 * MIB, dtype=torch.uint8)
+
+
 def test_every_log_line_of_a_step_has_the_readings_wherever_it_goes(tmp_path: Path) -> None:
     heard = Heard()
-    trainer = make(tmp_path, heard, logging_steps=2, eval_strategy="steps", eval_steps=4)
+    trainer = make(tmp_path, heard, Spike(), logging_steps=2, eval_strategy="steps", eval_steps=3)
     trainer.add_callback(oomguard.VRAMReporter())
     with VirtualCard("1GiB"):
         trainer.train()
@@ -119,9 +127,10 @@ def test_every_log_line_of_a_step_has_the_readings_wherever_it_goes(tmp_path: Pa
         "vram/batch_tokens",
         "vram/host_rss_gib",
     }
+    assert lines[0]["vram/peak_allocated_gib"] > 2 * lines[1]["vram/peak_allocated_gib"]
     history = [line for line in trainer.state.log_history if "loss" in line]
     assert [vram(line) for line in history] == [vram(line) for line in lines]
-    assert [vram(line) for line in heard.lines if "loss" not in line] == [{}, {}]
+    assert [vram(line) for line in heard.lines if "loss" not in line] == [{}] * 3
 
 
 def test_a_tensorboard_file_has_the_readings(tmp_path: Path) -> None:
