@@ -34,7 +34,8 @@ from trl import (
 
 from gpu_checks.report import Check
 from gpu_checks.sections import Comparison, Result
-from gpu_checks.workload import LLAMA_190M, TINY, Job, model, text, tokenizer
+from gpu_checks.text import text, tokenizer
+from gpu_checks.workload import LLAMA_190M, TINY, Job, model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
