@@ -73,7 +73,7 @@ def longest_row(dataset: Any) -> int | None:
 
 
 def _rows(dataset: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+    if not isinstance(dataset, Sized):
         return []  # what has been taken from a stream may be lost to the training
     count = len(dataset)
     taken = min(count, ROWS)
