@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def longest_row(dataset: Any) -> int | None:
 
 
 def _rows(dataset: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(dataset, Sized):
+    if not hasattr(dataset, "__len__"):
         return []  # what has been taken from a stream may be lost to the training
     count = len(dataset)
     taken = min(count, ROWS)
