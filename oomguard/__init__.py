@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oomguard.diagnosis.diagnose import diagnose
+    from oomguard.diagnosis.finding import Diagnosis, Finding
     from oomguard.errors import (
         ConfigurationError,
         LadderExhaustedError,
@@ -33,7 +35,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
@@ -52,6 +56,7 @@ __all__ = [
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
+    "diagnose",
     "fit",
 ]
 
@@ -65,6 +70,8 @@ _MODULES = (
     "rung",
     "rungs",
     "watch.reporter",
+    "diagnosis.finding",
+    "diagnosis.diagnose",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,12 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Trainer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
@@ -29,6 +35,7 @@ import oomguard
 from oomguard.hooks import GuardedTrainer
 from oomguard.levers.merged_metrics import _MASKED_ENTROPY
 from oomguard.levers.tokens import counted_in_the_loop
+from tests import tiny
 from tests.upstream import source
 
 if TYPE_CHECKING:
@@ -65,6 +72,9 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),
+    "_attn_implementation": lambda: (
+        tiny.config(attn_implementation="eager")._attn_implementation == "eager"
+    ),
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_dispatch_tls_local_exclude_set": lambda: dispatches_as_before(),
     "_dispatch_tls_local_include_set": lambda: dispatches_as_before(),
@@ -73,10 +83,14 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_entropy_bonus_enabled": lambda: (
         OLDER_TRL or ("self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__))
     ),
+    "_get_collator_with_removed_columns": lambda: (
+        parameters(Trainer._get_collator_with_removed_columns) == ["data_collator", "description"]
+    ),
     "_get_output_dir": lambda: (
         list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     ),
     "_indices": lambda: torch.eye(2).to_sparse()._indices().shape == (2, 2),
+    "_gradient_checkpointing_func": lambda: checkpoints_by_partial(),
     "_is_vision_dataset": lambda: (
         OLDER_TRL
         or all(
@@ -92,11 +106,19 @@ PRIVATE: dict[str, Callable[[], Any]] = {
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
     "_values": lambda: torch.eye(2).to_sparse()._values().tolist() == [1, 1],
+    "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
 }
 
 
 def parameters(method: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(method).parameters)[1:]
+
+
+def checkpoints_by_partial() -> bool:
+    model: Any = tiny.llama()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    function = model.model.layers[0]._gradient_checkpointing_func
+    return isinstance(function, functools.partial) and function.keywords["use_reentrant"]
 
 
 def dispatches_as_before() -> bool:

@@ -44,6 +44,7 @@ LAYERS = (
     "guard",
     "guarded_train",
     "under_guard",
+    "diagnosis",
     "supervise",
     "doctor_trial",
     "doctor",

@@ -10,7 +10,9 @@ from oomguard.testing import VirtualCard
 SURFACE = (
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
@@ -29,11 +31,13 @@ SURFACE = (
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
+    "diagnose",
     "fit",
 )
 
 COMMANDS = {
     "": {"--version"},
+    "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
