@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "VRAMReporter",
     "diagnose",
     "estimate",
     "fit",
@@ -71,6 +73,7 @@ _MODULES = (
     "report",
     "rung",
     "rungs",
+    "watch.reporter",
     "diagnosis.finding",
     "diagnosis.diagnose",
     "prediction.estimate",

@@ -31,6 +31,7 @@ SURFACE = (
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "VRAMReporter",
     "diagnose",
     "estimate",
     "fit",
