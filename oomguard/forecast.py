@@ -11,10 +11,13 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from oomguard import jump, rng
 from oomguard.errors import ConfigurationError
+from oomguard.levers.activations import base_model
 from oomguard.levers.trl_losses import trl_class
-from oomguard.memory import device
+from oomguard.memory import device, entered
 from oomguard.memory.cards import HOST, Card
 from oomguard.memory.size import format_bytes
 from oomguard.prediction import closed_form
@@ -53,11 +56,14 @@ class Forecast:
         self._predictor: Predictor | None = None
         self._known: dict[Plan, Estimate | None] = {}
         self._spent_s = 0.0
-        self._given_up = trl_class(trainer) not in _ESTIMATED
+        model = type(base_model(trainer)).__name__
+        causal = model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self._given_up = not causal or trl_class(trainer) not in _ESTIMATED
 
     def warn(self, plan: Plan) -> None:
         """Log how much is missing where a training under `plan` is estimated not to fit."""
-        room = device.room_bytes()
+        card = entered.current()
+        room = device.room_bytes() if card is None else card.capacity_bytes
         if room is None:
             return
         estimate = self._advised(lambda: self._of_longest_row(plan, room))
@@ -106,9 +112,10 @@ class Forecast:
             return None
         if self._predictor is None:
             self._predictor = Predictor.of(self._trainer)
-        if _ROUGHLY * _roughly_bytes(self._predictor, plan) < usable_bytes:
+        card = _card(self._trainer.args.device.type)
+        if _ROUGHLY * _roughly_bytes(self._predictor, plan, card) < usable_bytes:
             return None
-        estimate = self._predictor.at(plan, _card(self._trainer.args.device.type))
+        estimate = self._predictor.at(plan, card)
         return estimate if estimate.method == TRACED else None
 
     def _advised(self, action: Callable[[], T]) -> T | None:
@@ -129,27 +136,34 @@ class Forecast:
 
     def _shortage(self, estimate: Estimate, room: int) -> str:
         text = (
-            f"this training is estimated to need {format_bytes(estimate.peak_reserved_bytes)} at "
-            f"the peak ({estimate.phase}, with rows of {estimate.plan.max_length} tokens), and "
-            f"PyTorch can have {format_bytes(room)} here"
+            f"this training is estimated to need {format_bytes(_needed(estimate))} at the peak "
+            f"({estimate.phase}, with rows of {estimate.plan.max_length} tokens), and PyTorch can "
+            f"have {format_bytes(room)} here"
         )
         for plan in _smaller(estimate.plan):
             smaller = self._estimate(plan, room)
             if smaller is not None and _fits(smaller, room):
-                needed = format_bytes(smaller.peak_reserved_bytes)
-                return f"{text}. {_as_code(estimate.plan, plan)} is estimated to need {needed}"
+                needed, code = format_bytes(_needed(smaller)), _as_code(estimate.plan, plan)
+                return f"{text}. With {code}, it is {needed}"
         return f"{text}; nor does one row at a time fit. Use shorter rows, fewer bits or less model"
 
 
-def _roughly_bytes(predictor: Predictor, plan: Plan) -> int:
+def _roughly_bytes(predictor: Predictor, plan: Plan, card: Card | None) -> int:
     config, settings = predictor.config, predictor.settings
     model = meta_model(config, settings)
-    return sum(closed_form.peak(config, model, plan, settings, rows_of(plan)).values())
+    parts = closed_form.peak(config, model, plan, settings, rows_of(plan))
+    return sum(parts.values()) - (parts["workspaces"] if card is HOST else 0)
+
+
+def _needed(estimate: Estimate) -> int:
+    on_host = estimate.card.is_host  # where there is no cache of blocks
+    return estimate.peak_allocated_bytes if on_host else estimate.peak_reserved_bytes
 
 
 def _fits(estimate: Estimate, room: int) -> bool:
-    card = replace(estimate.card, total_bytes=room + estimate.card.context_bytes)
-    return estimate.fits(card)
+    if estimate.card.is_host:
+        return estimate.peak_allocated_bytes <= room
+    return estimate.fits(replace(estimate.card, total_bytes=room + estimate.card.context_bytes))
 
 
 def _smaller(plan: Plan) -> Iterator[Plan]:

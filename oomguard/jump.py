@@ -129,8 +129,11 @@ def is_padded(event: OOMEvent) -> bool:
 def as_failed(plan: Plan, event: OOMEvent) -> Plan:
     """`plan` for a batch as long as the one that failed, and of as many rows."""
     length = min((n for n in (plan.max_length, event.width) if n is not None), default=None)
-    rows = [n for n in (plan.micro_batch_size, event.rows) if n is not None]
-    return replace(plan, max_length=length, micro_batch_size=min(rows, default=None))
+    rows = plan.micro_batch_size or plan.per_device_train_batch_size
+    fewer = event.rows is not None and event.rows < rows
+    return replace(
+        plan, max_length=length, micro_batch_size=event.rows if fewer else plan.micro_batch_size
+    )
 
 
 def failing_again(event: OOMEvent, plan: Plan) -> OOMEvent:

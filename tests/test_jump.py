@@ -119,6 +119,7 @@ def test_a_batch_is_as_long_and_has_as_many_rows_as_the_one_that_failed() -> Non
     assert not jump.is_padded(replace(event, tokens=1500))
     failed = jump.as_failed(PLAN, event)
     assert (failed.max_length, failed.micro_batch_size) == (700, 3)
+    assert jump.as_failed(PLAN, EVENT) == PLAN
     assert jump.as_failed(replace(PLAN, max_length=512, micro_batch_size=2), event) == replace(
         PLAN, max_length=512, micro_batch_size=2
     )
