@@ -8,18 +8,13 @@ TRL's head, tokens that a sliding window holds), each way to run is traced for i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from oomguard.prediction.depth import Deep, NotAlikeError, deepen
-from oomguard.prediction.kernels import up
-from oomguard.prediction.subject import text_config
 from oomguard.prediction.timeline import timeline
 from oomguard.prediction.trace import Trace, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PretrainedConfig
 
     from oomguard.memory.allocator import Timeline

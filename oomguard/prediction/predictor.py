@@ -109,7 +109,7 @@ class Predictor:
                 raise
             except NoFitError as error:
                 self._failed[key] = str(error)
-            except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
+            except Exception as error:
                 logger.debug("tracing failed", exc_info=True)
                 reason = " ".join(str(error).split())[:160]
                 self._failed[key] = f"{type(error).__name__}: {reason}"

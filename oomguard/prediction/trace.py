@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -109,9 +109,7 @@ class _Run:
         self._plan, self._settings, self._card, self._paged = plan, settings, card, paged
         self._args = optimizers.arguments(plan.optim or "adamw_torch_fused")
         fused = "fused" in self._args.optim.value or card.is_host
-        self._recorder = Recorder(
-            kernels.kernels(card), kernels.workspaces(), count_scalars=fused
-        )
+        self._recorder = Recorder(kernels.kernels(card), kernels.workspaces(), count_scalars=fused)
         self._kind: dict[int, str] = {}
         self._model: Any = meta_model(config, settings)
         self._config: Any = self._model.config
