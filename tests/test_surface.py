@@ -41,6 +41,11 @@ COMMANDS = {
     "": {"--version"},
     "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
+    "estimate": {
+        *("--model", "--quantization", "--dtype", "--lora-r", "--target-modules", "--dora"),
+        *("--rslora", "--full", "--batch-size", "--max-length", "--gradient-checkpointing"),
+        *("--optim", "--attn", "--padded", "--trainer", "--card", "--json"),
+    },
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 
