@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyarrow import compute
 
 from oomguard.levers import activations
 from oomguard.levers.live import read_plan
@@ -33,7 +34,9 @@ def row_lengths(trainer: Any) -> list[int]:
     names = getattr(dataset, "column_names", None) or ()
     if dataset is None or "input_ids" not in names:
         return []
-    return [len(row) for row in dataset.with_format(None)["input_ids"]]
+    # Arrow knows how long a list is without reading it: a second for millions of rows.
+    lists = dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    return [int(length) for length in compute.list_value_length(lists).to_pylist()]
 
 
 def settings_of(trainer: Any) -> Settings:
