@@ -1,4 +1,4 @@
-"""What was read at each step, in bounded memory: the last steps as they were, older ones as means."""
+"""What was read, in bounded memory: the last steps as they were, older ones as means."""
 
 from __future__ import annotations
 

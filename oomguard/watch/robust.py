@@ -25,7 +25,11 @@ def _pairs(count: int) -> tuple[NDArray[Any], NDArray[Any], Floats]:
 
 
 def pair_slopes(values: Floats) -> Floats:
-    """The slope per index between every two of a few evenly spaced values, in rising order."""
+    """The slope per index between every two of a few evenly spaced values, in rising order.
+
+    Their median is the slope of Theil (1950) and Sen (1968), which up to 29 % of wild values leave
+    as it is.
+    """
     first, second, distance = _pairs(len(values))
     slopes: Floats = (values[second] - values[first]) / distance
     slopes.sort()
@@ -38,11 +42,6 @@ def middle(ordered: Floats) -> float:
     if len(ordered) % 2:
         return float(ordered[half])
     return float(ordered[half - 1] + ordered[half]) / 2
-
-
-def theil_sen(values: Floats) -> float:
-    """The median of all pair slopes (Theil 1950, Sen 1968): up to 29 % of the values may be wild."""
-    return middle(pair_slopes(values))
 
 
 def mann_kendall_z(slopes: Floats, count: int) -> float:

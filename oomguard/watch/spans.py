@@ -14,6 +14,27 @@ if TYPE_CHECKING:
     from oomguard.watch.robust import Floats
 
 BLOCKS = 16
+# What is asked of a rise, set on made-up runs (benchmarks/creep.py).
+TREND_T = 8.0  # of the trend beside the batches
+LARGEST_JUMP = 0.4  # of the rise, between two blocks
+FADING = 0.6  # the late slope to the early one
+CLARITY = 5.0  # the rise, in standard deviations of the floor around its trend
+Z = 3.2  # Mann-Kendall, of the blocks' minima or medians
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast memory grows, bytes a step.
+
+    Attributes:
+        per_step: The median of the slopes between blocks.
+        low: Their lower quartile.
+        high: Their upper quartile.
+    """
+
+    per_step: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,31 +42,16 @@ class Growth:
     """A rise over one span that passed every test.
 
     Attributes:
-        per_step: Bytes a step.
-        low: A slow reading of it, and
-        high: a fast one: the quartiles of the slopes between blocks.
+        pace: How fast.
         gained: Bytes over the span.
         clarity: The rise, in standard deviations of what is left after the trend.
         steps: Length of the span.
     """
 
-    per_step: float
-    low: float
-    high: float
+    pace: Pace
     gained: float
     clarity: float
     steps: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tests:
-    """How much is asked of a rise. Each was set on made-up runs (benchmarks/creep.py)."""
-
-    trend_t: float = 8.0
-    largest_jump: float = 0.4
-    fading: float = 0.6
-    clarity: float = 5.0
-    z: float = 3.2
 
 
 def rises(values: Floats, at_least: float) -> bool:
@@ -59,8 +65,8 @@ def without_batches(values: Floats, batches: Floats) -> tuple[Floats, float]:
 
     Args:
         values: Bytes, (n,).
-        batches: What is known of each batch, (m, n); the last row is the longest batch so far, whose
-            effect can only be to raise memory.
+        batches: What is known of each batch, (m, n); the last row is the longest batch so far, and
+            that can only raise memory.
 
     Returns:
         The values less that, and the t statistic of the trend with Newey-West errors (1987), which
@@ -94,9 +100,7 @@ def without_batches(values: Floats, batches: Floats) -> tuple[Floats, float]:
     return values - weights[2:] @ design[2:], t
 
 
-def judge(
-    values: Floats, batches: Floats, steps: int, at_least: float, tests: Tests
-) -> Growth | None:
+def judge(values: Floats, batches: Floats, steps: int, at_least: float) -> Growth | None:
     """The growth over one span, or `None`.
 
     Args:
@@ -104,12 +108,11 @@ def judge(
         batches: As in `without_batches`.
         steps: How many steps the span covers.
         at_least: The least rise that matters, bytes.
-        tests: What is asked of it.
     """
     if not rises(values, 0.4 * at_least):
         return None
     values, t = without_batches(values, batches)
-    if t < tests.trend_t:
+    if t < TREND_T:
         return None
     blocks = values.reshape(BLOCKS, -1)
     floor, level = blocks.min(1), np.median(blocks, 1)
@@ -119,34 +122,65 @@ def judge(
     # A saw-tooth or a wider spread moves one edge only.
     if gained < at_least or level_slope < 0.5 * slope or slope < 0.3 * level_slope:
         return None
-    if one_jump(floor, at_least, tests) or fades(floor, level, tests):
+    if one_jump(floor, at_least) or fades(floor, level):
         return None
     spread = sigma(floor - slope * np.arange(BLOCKS))
-    if gained < tests.clarity * spread:
+    if gained < CLARITY * spread:
         return None
     z = max(mann_kendall_z(floor_slopes, BLOCKS), mann_kendall_z(level_slopes, BLOCKS))
-    if z < tests.z:
+    if z < Z:
         return None
-    per_index = BLOCKS / steps
     return Growth(
-        per_step=slope * per_index,
-        low=float(floor_slopes[len(floor_slopes) // 4]) * per_index,
-        high=float(floor_slopes[3 * len(floor_slopes) // 4]) * per_index,
+        pace=_pace(floor_slopes, steps),
         gained=gained,
-        clarity=gained / max(spread, 1e-9 * gained),
+        clarity=gained / max(spread, 1e-3 * gained),
         steps=steps,
     )
 
 
-def one_jump(floor: Floats, at_least: float, tests: Tests) -> bool:
+def _pace(slopes: Floats, steps: int) -> Pace:
+    per_index, quarter = BLOCKS / steps, len(slopes) // 4
+    return Pace(
+        per_step=middle(slopes) * per_index,
+        low=float(slopes[quarter]) * per_index,
+        high=float(slopes[-quarter]) * per_index,
+    )
+
+
+def pace(values: Floats, batches: Floats, steps: int) -> Pace:
+    """How fast the values rise for no reason that the batches give; arguments as for `judge`."""
+    blocks = without_batches(values, batches)[0].reshape(BLOCKS, -1)
+    return _pace(pair_slopes(np.median(blocks, 1)), steps)
+
+
+def one_jump(floor: Floats, at_least: float) -> bool:
     """Whether a single rise between two blocks carries the growth."""
     total = float(floor[-2:].sum() - floor[:2].sum()) / 2
-    return total < at_least or float(np.diff(floor).max()) > tests.largest_jump * total
+    return total < at_least or float(np.diff(floor).max()) > LARGEST_JUMP * total
 
 
-def fades(floor: Floats, level: Floats, tests: Tests) -> bool:
+def fades(floor: Floats, level: Floats) -> bool:
     """Whether the growth is dying away, as after a start, or has been undone."""
     third = BLOCKS // 3
     late = middle(pair_slopes(level[-third - 1 :]))
     early = middle(pair_slopes(level[: 2 * third + 1]))
-    return late < tests.fading * early or float(floor[-3:].min()) < float(np.median(floor))
+    return late < FADING * early or float(floor[-3:].min()) < float(np.median(floor))
+
+
+def hinge(values: Floats) -> tuple[int, float]:
+    """Where a rise that lasts to the end began: a level, then a line, fitted by least squares.
+
+    Returns:
+        The index at which the line leaves the level, and by how much it has risen at the end.
+    """
+    count = min(len(values), 64)
+    points = values[: len(values) // count * count].reshape(count, -1)
+    level = np.median(points, 1)
+    level -= level.sum() / count
+    ramps = np.clip(np.arange(count) - np.arange(count - BLOCKS // 4)[:, None], 0, None)
+    centred = ramps - ramps.sum(1, keepdims=True) / count
+    along = centred @ level
+    squares = (centred * centred).sum(1)
+    best = int(np.argmax(np.where(along > 0, along * along / squares, 0)))
+    rise = float(along[best] / squares[best]) * (count - best)
+    return best * points.shape[1], rise

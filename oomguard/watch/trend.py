@@ -1,4 +1,4 @@
-"""The detector of creep: one reading a step in, a finding out when memory grows for no good reason."""
+"""The detector of creep: a reading in at each step, a finding out when memory keeps growing."""
 
 from __future__ import annotations
 
@@ -6,18 +6,39 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from oomguard.errors import ConfigurationError
 from oomguard.watch.creep import Creep
+from oomguard.watch.phases import Phases
 from oomguard.watch.readings import CHUNK, RECENT_STEPS, Readings
-from oomguard.watch.spans import Growth, Tests, judge
+from oomguard.watch.spans import Growth, Pace, hinge, judge, pace, without_batches
+from oomguard.watch.standing import SHORTEST_FOLLOWED, Standing, full_range
 
 if TYPE_CHECKING:
+    from oomguard.watch.phases import Jump
     from oomguard.watch.robust import Floats
 
 __all__ = ["Creep", "CreepDetector"]
 
-TRAIN = "train"
 PROFILER = "profiler"
-SPANS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+SPANS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+# Growth over a short span is said only if the card is full within this many such spans: most of
+# what rises for a hundred steps stops. From LONG steps on it is said whatever is free.
+PATIENCE = {64: 2, 128: 16, 256: 16, 512: 16}
+LONG = 1024
+SETTLED = 4  # means that tell a floor
+MEMORY = 8  # spans before a short one that are searched for earlier heights
+NEW_HIGH = 0.25  # of the rise must lie above them
+HOLD = 256  # up to this span growth that does not press must be seen again half a span later
+LARGEST = 2.0**70  # what is above is no reading
+
+
+def _number(value: float | None) -> float | None:
+    """A reading as a float; `None` if it is none."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if -LARGEST < number < LARGEST else None
 
 
 class CreepDetector:
@@ -32,8 +53,8 @@ class CreepDetector:
     occurrence may leave memory behind, several joined by `"+"`; `"profiler"` while one records,
     which makes the reading count for nothing.
 
-    Attributes:
-        active: The finding that stands, as it was last reported; `None` if there is none.
+    One finding stands at a time. It is taken back when growth stops, and what is watched then
+    begins anew.
     """
 
     def __init__(self, *, min_bytes: int = 16 * 2**20, warmup_steps: int = 32) -> None:
@@ -43,18 +64,34 @@ class CreepDetector:
             min_bytes: Growth below this is never reported. On small devices it is a 64th of what is
                 allocated and free, if that is less.
             warmup_steps: Readings not looked at: optimizer state, workspaces, autotuning.
+
+        Raises:
+            ConfigurationError: `min_bytes` is below 1 or `warmup_steps` below 0.
         """
-        self.active: Creep | None = None
+        if min_bytes < 1 or warmup_steps < 0:
+            msg = (
+                f"min_bytes={min_bytes} and warmup_steps={warmup_steps}: growth of nothing is "
+                "none, and no fewer than 0 steps can be left out. Give min_bytes=1 or more and "
+                "warmup_steps=0 or more."
+            )
+            raise ConfigurationError(msg)
         self._min_bytes = min_bytes
         self._warmup_steps = warmup_steps
         self._readings = Readings()
+        self._phases = Phases()
         self._step = 0
         self._chunks = 0
+        self._allocated = 0.0
         self._accounted = 0.0
         self._tokens = 0.0
         self._headroom: float | None = None
-        self._tests = Tests()
         self._held: dict[int, tuple[int, int]] = {}
+        self._standing: Standing | None = None
+
+    @property
+    def active(self) -> Creep | None:
+        """The finding that stands, as it was last reported; `None` if there is none."""
+        return self._standing.creep if self._standing else None
 
     def update(
         self,
@@ -65,7 +102,7 @@ class CreepDetector:
         event: str | None = None,
         headroom_bytes: int | None = None,
     ) -> Creep | None:
-        """Take the reading of one step.
+        """Take the reading of one step. Raises nothing, whatever the reading.
 
         Args:
             allocated_bytes: Live bytes at the end of the step.
@@ -80,49 +117,79 @@ class CreepDetector:
             (`withdrawn`); `None` if there is nothing new to say.
         """
         self._step += 1
-        if accounted_bytes is not None:
-            self._accounted = accounted_bytes
-        if batch_tokens is not None:
-            self._tokens = batch_tokens
-        self._headroom = headroom_bytes
+        allocated = _number(allocated_bytes)
+        if allocated is None:
+            return None
+        accounted = _number(accounted_bytes)
+        if accounted is not None:
+            self._accounted = accounted
+        tokens = _number(batch_tokens)
+        if tokens is not None:
+            self._tokens = tokens
+        self._headroom = _number(headroom_bytes)
+        self._allocated = allocated
         if self._step <= self._warmup_steps or event == PROFILER:
             return None
-        if self._readings.add(self._step, allocated_bytes - self._accounted, self._tokens):
+        unaccounted = allocated - self._accounted
+        closed = self._phases.add(self._step, event, unaccounted)
+        if self._readings.add(self._step, unaccounted, self._tokens):
             self._chunks += 1
-            return self._look()
+            return self._follow(self._standing) if self._standing else self._look()
+        if closed is not None and self._standing is None:
+            jumps = self._phases.staircase(closed, self._at_least())
+            return self._report_jumps(closed, jumps) if jumps else None
         return None
+
+    def _at_least(self) -> float:
+        """The least growth that matters, bytes."""
+        there = self._allocated + max(self._headroom or 0.0, 0.0)
+        return max(min(self._min_bytes, there / 64), 1.0)
 
     def _look(self) -> Creep | None:
         """Judge the spans that are due, shortest first."""
         for span in SPANS:
             if self._chunks * CHUNK < span:
                 break
-            if self._chunks % (span // (8 * CHUNK)):
+            if self._chunks % max(span // (8 * CHUNK), 1):
                 continue
             growth = self._judge(span)
-            if growth is not None and self._is_due(growth):
+            if growth is not None and self._is_new_high(growth) and self._is_due(growth):
                 return self._report(growth)
         return None
 
     def _judge(self, span: int) -> Growth | None:
-        values, batches = self._view(span)
-        return judge(values, batches, span, self._min_bytes, self._tests)
+        _, values, batches = self._view(span)
+        return judge(values, batches, span, self._at_least())
 
-    def _view(self, span: int) -> tuple[Floats, Floats]:
-        """Values and what is known of the batches, over the last `span` readings."""
+    def _view(self, span: int) -> tuple[Floats, Floats, Floats]:
+        """Steps, values and what is known of the batches, over the last `span` readings."""
         if span <= RECENT_STEPS:
             table = self._readings.recent.last(span)
-            return table[1], np.stack([table[2], table[2] ** 2, table[3]])
+            return table[0], table[1], np.stack([table[2], table[2] ** 2, table[3]])
         table = self._readings.means.last(span // CHUNK)
-        return table[1], table[[2, 4, 3]]
+        return table[0], table[1], table[[2, 4, 3]]
+
+    def _is_new_high(self, growth: Growth) -> bool:
+        """Whether a short rise leads above what there was before it; another tooth does not."""
+        chunks = growth.steps // CHUNK
+        earlier = min(self._chunks - chunks, MEMORY * chunks)
+        if growth.steps >= LONG or earlier < 1:
+            return True
+        means = self._readings.means.last(chunks + earlier)[1]
+        high = float(np.partition(means[:earlier], (nth := earlier * 9 // 10))[nth])
+        return float(means[-max(chunks // 4, 1) :].mean()) >= high + NEW_HIGH * growth.gained
 
     def _is_due(self, growth: Growth) -> bool:
         """Whether growth over so short a span must be said now, or may wait for a longer one."""
-        span = growth.steps
-        headroom = self._headroom
-        if headroom is not None and headroom > 16 * growth.per_step * span and span < 1024:
+        span, room = growth.steps, self._headroom
+        if span >= LONG:
+            return True
+        if room is None:
+            if span < 128:
+                return False
+        elif room > PATIENCE[span] * growth.gained:
             return False
-        if span > 256 or (headroom is not None and headroom <= growth.gained):
+        if span > HOLD or (room is not None and room <= 2 * growth.gained):
             return True
         first, last = self._held.get(span, (self._step, self._step))
         if self._step - last > span // 4:
@@ -130,24 +197,76 @@ class CreepDetector:
         self._held[span] = first, self._step
         return self._step - first >= span // 2
 
-    def _report(self, growth: Growth) -> Creep | None:
-        steps = growth.steps
-        if self.active is not None:
-            return None
-        full = None
-        if self._headroom is not None:
-            room = max(self._headroom, 0)
-            full = (
-                self._step + int(room / max(growth.high, 1e-9)),
-                self._step + int(room / max(growth.low, 1e-9)),
-            )
-        self.active = Creep(
-            bytes_per_step=growth.per_step,
-            steps=steps,
-            bytes_so_far=int(growth.gained),
-            phase=TRAIN,
-            full_at_step=full,
-            confidence=1 - 1 / growth.clarity,
-            since_step=self._step - steps,
+    def _report(self, growth: Growth) -> Creep:
+        """A finding of growth that passed."""
+        longest = max(span for span in SPANS if span <= self._chunks * CHUNK)
+        steps, values, batches = self._view(longest)
+        values, _ = without_batches(values, batches)
+        start, gained = hinge(values)
+        since = min(int(steps[start]), self._step - growth.steps // 2)
+        return self._found(
+            growth.pace,
+            since=since,
+            gained=max(gained, growth.gained),
+            phase=self._phases.of_rise(steps[start:], values[start:]),
+            clarity=growth.clarity,
+            span=growth.steps,
         )
-        return self.active
+
+    def _report_jumps(self, phase: str, jumps: tuple[Jump, ...]) -> Creep:
+        """A finding of events that each left something."""
+        left = [jump.after - jump.before for jump in jumps]
+        apart = (jumps[-1].step - jumps[0].step) / (len(jumps) - 1)
+        return self._found(
+            Pace(
+                per_step=sum(left) / len(left) / apart,
+                low=min(left) / apart,
+                high=max(left) / apart,
+            ),
+            since=jumps[0].step,
+            gained=jumps[-1].after - jumps[0].before,
+            phase=phase,
+            clarity=10.0,
+            span=int(3 * apart),
+        )
+
+    def _found(
+        self, pace: Pace, *, since: int, gained: float, phase: str, clarity: float, span: int
+    ) -> Creep:
+        creep = Creep(
+            bytes_per_step=pace.per_step,
+            steps=self._step - since,
+            bytes_so_far=int(gained),
+            phase=phase,
+            full_at_step=full_range(self._step, self._headroom, pace),
+            confidence=1 - 1 / clarity,
+            since_step=since,
+        )
+        followed = next((s for s in SPANS if s >= max(span, SHORTEST_FOLLOWED)), SPANS[-1])
+        self._standing = Standing(
+            creep, span=followed, base=self._base(since), seen=self._step, grown=gained
+        )
+        return creep
+
+    def _follow(self, standing: Standing) -> Creep | None:
+        """Look again at a finding that stands, twice in its span; for a fall, at each mean."""
+        recent = self._readings.means.last(min(len(self._readings.means), SETTLED))[1]
+        creep = standing.fell(self._step, float(recent.max()))
+        if creep is None and self._step - standing.seen >= standing.span // 2:
+            if self._chunks * CHUNK < standing.span:
+                return None
+            _, values, batches = self._view(standing.span)
+            now = pace(values, batches, standing.span)
+            creep = standing.look(self._step, now, self._headroom)
+        if creep is not None and creep.withdrawn:
+            self._standing = None
+            self._held.clear()
+            self._readings.forget()
+            self._chunks = 0
+        return creep
+
+    def _base(self, since: int) -> float:
+        """The lowest mean around a step."""
+        table = self._readings.means.last(len(self._readings.means))
+        at = min(int(np.searchsorted(table[0], since)), table.shape[1] - 1)
+        return float(table[1, max(at - 1, 0) : at + SETTLED].min())

@@ -1,0 +1,146 @@
+"""In which phase the floor rises: in the training steps, or each time that something else runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from oomguard.watch.robust import Floats
+
+TRAIN = "train"
+EPOCH = "epoch"  # marks a time, at which other things run
+KEPT_EVENTS = 256
+MOST_PHASES = 16
+NEIGHBOURS = 8  # readings before and after an event whose lowest is the floor
+CONFIRMED = 5  # events in a row that each leave something
+FEWEST = 3  # events that a rise may be put down to
+GAP = 3  # steps between events below which steps and events look alike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jump:
+    """The floor before and after one event."""
+
+    step: int
+    before: float
+    after: float
+
+
+@dataclass
+class _Phase:
+    steps: deque[int]
+    jumps: deque[Jump]
+    before: float | None = None
+    began: int = 0
+
+
+class Phases:
+    """When what ran, and what each occurrence left behind."""
+
+    def __init__(self) -> None:
+        """Start with no events."""
+        self._phases: dict[str, _Phase] = {}
+        self._last: deque[float] = deque(maxlen=NEIGHBOURS)
+        self._open: dict[str, _Phase] = {}
+        self._splits: dict[str, tuple[str, ...]] = {}
+
+    def add(self, step: int, event: str | None, unaccounted: float) -> str | None:
+        """Take one reading.
+
+        Returns:
+            The phase whose floor after an event became known with it, if any.
+        """
+        closed = None
+        if event and event != TRAIN:
+            for name in self._names(event):
+                self._begin(name, step)
+        self._last.append(unaccounted)
+        if self._open:
+            for name, phase in [*self._open.items()]:
+                # The reading of the event's own step may have come before or after it.
+                if step - phase.began >= NEIGHBOURS:
+                    closed = name
+                    self._close(name, phase)
+        return closed
+
+    def _names(self, event: str) -> tuple[str, ...]:
+        if event not in self._splits:
+            if len(self._splits) >= MOST_PHASES**2:
+                return ()
+            names = {name.strip() for name in str(event).split("+")} - {"", TRAIN}
+            self._splits[event] = tuple(sorted(names))
+        return self._splits[event]
+
+    def _begin(self, name: str, step: int) -> None:
+        phase = self._phases.get(name)
+        if phase is None:
+            if len(self._phases) >= MOST_PHASES:
+                return
+            phase = _Phase(deque(maxlen=KEPT_EVENTS), deque(maxlen=CONFIRMED + 1))
+            self._phases[name] = phase
+        phase.steps.append(step)
+        if name not in self._open and len(self._last) == NEIGHBOURS:
+            phase.before, phase.began = min(self._last), step
+            self._open[name] = phase
+
+    def _close(self, name: str, phase: _Phase) -> None:
+        del self._open[name]
+        if phase.before is not None:
+            phase.jumps.append(Jump(step=phase.began, before=phase.before, after=min(self._last)))
+
+    def staircase(self, name: str, at_least: float) -> tuple[Jump, ...] | None:
+        """The last events of a phase, if each left much the same and nothing grew between them."""
+        jumps = tuple(self._phases[name].jumps)[1:]
+        if len(jumps) < CONFIRMED:
+            return None
+        left = np.array([jump.after - jump.before for jump in jumps])
+        typical = float(np.median(left))
+        between = np.array([later.before - earlier.after for earlier, later in pairwise(jumps)])
+        if typical * CONFIRMED < at_least or left.min() < 0.4 * typical:
+            return None
+        if left.max() > 4 * typical or float(np.abs(between).max()) > 0.3 * typical:
+            return None
+        return jumps
+
+    def of_rise(self, steps: Floats, values: Floats) -> str:
+        """The phase that a rise is put down to.
+
+        The rise is fitted twice: as so much a step, and as so much a step and an event. A phase is
+        named when its events explain more of the rise than the steps do; phases that always ran
+        together are named together.
+
+        Args:
+            steps: At which step each value was read, (n,).
+            values: Bytes that the batches do not explain, (n,).
+        """
+        best, smallest = TRAIN, np.inf
+        time = (steps - steps[0]) / (steps[-1] - steps[0])
+        for names, ran in self._groups(int(steps[0])).items():
+            if len(ran) < FEWEST or (steps[-1] - steps[0]) / len(ran) < GAP:
+                continue
+            count = np.searchsorted(ran, steps, side="right").astype(np.float64)
+            design = np.stack([np.ones_like(time), time, count], 1)
+            weights, *_ = np.linalg.lstsq(design, values, rcond=None)
+            error = values - design @ weights
+            by_time, by_events = float(weights[1]), float(weights[2] * (count[-1] - count[0]))
+            squares = float(error @ error)
+            if by_events > max(by_time, 0.0) and squares < smallest:
+                best, smallest = names, squares
+        return best
+
+    def _groups(self, since: int) -> dict[str, Floats]:
+        """Steps of events since a step, by the phases that ran at exactly these."""
+        together: dict[tuple[int, ...], list[str]] = {}
+        for name, phase in self._phases.items():
+            ran = tuple(step for step in phase.steps if step > since)
+            together.setdefault(ran, []).append(name)
+        groups = {}
+        for ran, names in together.items():
+            told = [name for name in names if name != EPOCH] or names
+            groups["+".join(sorted(told))] = np.array(ran, np.float64)
+        return groups
