@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,10 +44,6 @@ class Ring:
         """A view of the last `count` columns, which must be there."""
         return self._table[:, self._end - count : self._end]
 
-    def clear(self) -> None:
-        """Forget all columns."""
-        self._end = 0
-
 
 class Readings:
     """Per step: its number, unaccounted bytes, tokens of the batch, and the most tokens so far.
@@ -62,22 +59,30 @@ class Readings:
         self.means = Ring(5, KEPT_MEANS)
         self._waiting: list[tuple[float, float, float, float]] = []
         self._longest = 0.0
+        self._tightest: float | None = None
+        self._rooms: deque[float] = deque(maxlen=RECENT_STEPS // CHUNK)
 
-    def add(self, step: int, unaccounted: float, tokens: float) -> bool:
+    def add(
+        self, step: int, unaccounted: float, tokens: float, headroom: float | None = None
+    ) -> bool:
         """Take one reading; say whether it completed a chunk, which is when views change."""
         self._longest = max(self._longest, tokens)
+        if headroom is not None and (self._tightest is None or headroom < self._tightest):
+            self._tightest = headroom
         self._waiting.append((step, unaccounted, tokens, self._longest))
         if len(self._waiting) < CHUNK:
             return False
         chunk = np.array(self._waiting).T
         self._waiting.clear()
+        if self._tightest is not None:
+            self._rooms.append(self._tightest)
+            self._tightest = None
         self.recent.extend(chunk)
         squared = float(chunk[2] @ chunk[2]) / CHUNK
         self.means.extend(np.append(chunk.sum(1) / CHUNK, squared).reshape(5, 1))
         return True
 
-    def forget(self) -> None:
-        """Drop what was read; the longest batch stays known, because caches outlive a reading."""
-        self.recent.clear()
-        self.means.clear()
-        self._waiting.clear()
+    @property
+    def headroom(self) -> float | None:
+        """The least room of the last steps: a card is full at its longest batch; `None` if untold."""
+        return min(self._rooms, default=None)

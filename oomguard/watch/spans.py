@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 BLOCKS = 16
 # What is asked of a rise, set on made-up runs (benchmarks/creep.py).
-TREND_T = 8.0  # of the trend beside the batches
+TREND_T = 5.0  # of the trend beside the batches
 LARGEST_JUMP = 0.4  # of the rise, between two blocks
+AT_REST = 0.02  # of the rise, between blocks that do not take part in it
 FADING = 0.6  # the late slope to the early one
 CLARITY = 5.0  # the rise, in standard deviations of the floor around its trend
 Z = 3.2  # Mann-Kendall, of the blocks' minima or medians
@@ -122,7 +123,7 @@ def judge(values: Floats, batches: Floats, steps: int, at_least: float) -> Growt
     # A saw-tooth or a wider spread moves one edge only.
     if gained < at_least or level_slope < 0.5 * slope or slope < 0.3 * level_slope:
         return None
-    if one_jump(floor, at_least) or fades(floor, level):
+    if in_jumps(floor, at_least) or fades(floor, level):
         return None
     spread = sigma(floor - slope * np.arange(BLOCKS))
     if gained < CLARITY * spread:
@@ -153,10 +154,15 @@ def pace(values: Floats, batches: Floats, steps: int) -> Pace:
     return _pace(pair_slopes(np.median(blocks, 1)), steps)
 
 
-def one_jump(floor: Floats, at_least: float) -> bool:
-    """Whether a single rise between two blocks carries the growth."""
+def in_jumps(floor: Floats, at_least: float) -> bool:
+    """Whether one rise between two blocks carries the growth, or three do among blocks at rest."""
     total = float(floor[-2:].sum() - floor[:2].sum()) / 2
-    return total < at_least or float(np.diff(floor).max()) > LARGEST_JUMP * total
+    rises = np.diff(floor)
+    rises.sort()
+    if total < at_least or float(rises[-1]) > LARGEST_JUMP * total:
+        return True
+    still = float(np.median(np.abs(rises[:-3]))) < AT_REST * total
+    return still and float(rises[-3:].sum()) > 0.9 * total
 
 
 def fades(floor: Floats, level: Floats) -> bool:

@@ -20,15 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["Creep", "CreepDetector"]
 
 PROFILER = "profiler"
-SPANS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-# Growth over a short span is said only if the card is full within this many such spans: most of
-# what rises for a hundred steps stops. From LONG steps on it is said whatever is free.
-PATIENCE = {64: 2, 128: 16, 256: 16, 512: 16}
+SPANS = (64, 128, 256, 512, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 6144, 8192, 16384, 32768)
+# Most of what rises for a hundred steps stops. Growth over a span is said at once if that is LONG
+# or the growth of so many more such spans fills the card; if it is seen again half a span later and
+# the card is full SOON or the span is LASTING.
 LONG = 1024
+LASTING = 512
+PRESSING = 2
+SOON = 8
+SOONEST_HELD = 128
+HOLD = 0.625
 SETTLED = 4  # means that tell a floor
 MEMORY = 8  # spans before a short one that are searched for earlier heights
 NEW_HIGH = 0.25  # of the rise must lie above them
-HOLD = 256  # up to this span growth that does not press must be seen again half a span later
 LARGEST = 2.0**70  # what is above is no reading
 
 
@@ -84,9 +88,9 @@ class CreepDetector:
         self._allocated = 0.0
         self._accounted = 0.0
         self._tokens = 0.0
-        self._headroom: float | None = None
         self._held: dict[int, tuple[int, int]] = {}
         self._standing: Standing | None = None
+        self._fallen = 0.0  # the most that grew, was reported, and fell back
 
     @property
     def active(self) -> Creep | None:
@@ -126,13 +130,13 @@ class CreepDetector:
         tokens = _number(batch_tokens)
         if tokens is not None:
             self._tokens = tokens
-        self._headroom = _number(headroom_bytes)
+        headroom = _number(headroom_bytes)
         self._allocated = allocated
         if self._step <= self._warmup_steps or event == PROFILER:
             return None
         unaccounted = allocated - self._accounted
         closed = self._phases.add(self._step, event, unaccounted)
-        if self._readings.add(self._step, unaccounted, self._tokens):
+        if self._readings.add(self._step, unaccounted, self._tokens, headroom):
             self._chunks += 1
             return self._follow(self._standing) if self._standing else self._look()
         if closed is not None and self._standing is None:
@@ -142,7 +146,7 @@ class CreepDetector:
 
     def _at_least(self) -> float:
         """The least growth that matters, bytes."""
-        there = self._allocated + max(self._headroom or 0.0, 0.0)
+        there = self._allocated + max(self._readings.headroom or 0.0, 0.0)
         return max(min(self._min_bytes, there / 64), 1.0)
 
     def _look(self) -> Creep | None:
@@ -172,30 +176,27 @@ class CreepDetector:
     def _is_new_high(self, growth: Growth) -> bool:
         """Whether a short rise leads above what there was before it; another tooth does not."""
         chunks = growth.steps // CHUNK
-        earlier = min(self._chunks - chunks, MEMORY * chunks)
+        earlier = min(len(self._readings.means) - chunks, MEMORY * chunks)
         if growth.steps >= LONG or earlier < 1:
             return True
+        if growth.gained < 2 * self._fallen:
+            return False
         means = self._readings.means.last(chunks + earlier)[1]
         high = float(np.partition(means[:earlier], (nth := earlier * 9 // 10))[nth])
         return float(means[-max(chunks // 4, 1) :].mean()) >= high + NEW_HIGH * growth.gained
 
     def _is_due(self, growth: Growth) -> bool:
         """Whether growth over so short a span must be said now, or may wait for a longer one."""
-        span, room = growth.steps, self._headroom
-        if span >= LONG:
-            return True
-        if room is None:
-            if span < 128:
-                return False
-        elif room > PATIENCE[span] * growth.gained:
-            return False
-        if span > HOLD or (room is not None and room <= 2 * growth.gained):
+        span, room = growth.steps, self._readings.headroom
+        if span >= LONG or (room is not None and room <= PRESSING * growth.gained):
             return True
         first, last = self._held.get(span, (self._step, self._step))
         if self._step - last > span // 4:
             first = self._step
         self._held[span] = first, self._step
-        return self._step - first >= span // 2
+        if span < SOONEST_HELD or self._step - first < int(span * HOLD):
+            return False
+        return span >= LASTING or room is None or room <= SOON * growth.gained
 
     def _report(self, growth: Growth) -> Creep:
         """A finding of growth that passed."""
@@ -238,7 +239,7 @@ class CreepDetector:
             steps=self._step - since,
             bytes_so_far=int(gained),
             phase=phase,
-            full_at_step=full_range(self._step, self._headroom, pace),
+            full_at_step=full_range(self._step, self._readings.headroom, pace),
             confidence=1 - 1 / clarity,
             since_step=since,
         )
@@ -257,11 +258,12 @@ class CreepDetector:
                 return None
             _, values, batches = self._view(standing.span)
             now = pace(values, batches, standing.span)
-            creep = standing.look(self._step, now, self._headroom)
+            creep = standing.look(self._step, now, self._readings.headroom)
         if creep is not None and creep.withdrawn:
+            if creep.bytes_so_far < standing.creep.bytes_so_far:
+                self._fallen = max(self._fallen, float(standing.creep.bytes_so_far))
             self._standing = None
             self._held.clear()
-            self._readings.forget()
             self._chunks = 0
         return creep
 
