@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 CHUNK = 16  # steps that become one mean; also how often anything is looked at
 RECENT_STEPS = 512
 KEPT_MEANS = 2048  # 32,768 steps
+MOST_SIZES = 256  # of batches that are told apart
+FEW_SIZES = 0.25  # of the readings, up to which their number tells something
 
 
 class Ring:
@@ -46,19 +48,25 @@ class Ring:
 
 
 class Readings:
-    """Per step: its number, unaccounted bytes, tokens of the batch, and the most tokens so far.
+    """Per step its number, unaccounted bytes, and what is known of the batches.
+
+    Of these are known the tokens of the batch, the most tokens so far and, while there are few of
+    them, how many sizes there were so far: buffers grow with the longest batch, and compiled code
+    with each new size.
 
     Attributes:
-        recent: Rows step, bytes, tokens, longest; one column a step.
-        means: Rows step, bytes, tokens, longest, squared tokens; one column for `CHUNK` readings.
+        recent: Rows step, bytes, tokens, longest, sizes; one column a step.
+        means: Rows step, bytes, squared tokens, tokens, longest, sizes; one for `CHUNK` readings.
     """
 
     def __init__(self) -> None:
         """Start without readings."""
-        self.recent = Ring(4, RECENT_STEPS + CHUNK)
-        self.means = Ring(5, KEPT_MEANS)
-        self._waiting: list[tuple[float, float, float, float]] = []
+        self.recent = Ring(5, RECENT_STEPS + CHUNK)
+        self.means = Ring(6, KEPT_MEANS)
+        self._waiting: list[tuple[float, ...]] = []
         self._longest = 0.0
+        self._sizes: set[float] = set()
+        self._count = 0
         self._tightest: float | None = None
         self._rooms: deque[float] = deque(maxlen=RECENT_STEPS // CHUNK)
 
@@ -67,22 +75,35 @@ class Readings:
     ) -> bool:
         """Take one reading; say whether it completed a chunk, which is when views change."""
         self._longest = max(self._longest, tokens)
+        if len(self._sizes) <= MOST_SIZES:
+            self._sizes.add(tokens)
         if headroom is not None and (self._tightest is None or headroom < self._tightest):
             self._tightest = headroom
-        self._waiting.append((step, unaccounted, tokens, self._longest))
+        self._waiting.append((step, unaccounted, tokens, self._longest, len(self._sizes)))
         if len(self._waiting) < CHUNK:
             return False
+        self._count += CHUNK
         chunk = np.array(self._waiting).T
         self._waiting.clear()
         if self._tightest is not None:
             self._rooms.append(self._tightest)
             self._tightest = None
         self.recent.extend(chunk)
+        means = chunk.sum(1) / CHUNK
         squared = float(chunk[2] @ chunk[2]) / CHUNK
-        self.means.extend(np.append(chunk.sum(1) / CHUNK, squared).reshape(5, 1))
+        self.means.extend(np.insert(means, 2, squared).reshape(6, 1))
         return True
 
     @property
+    def known(self) -> int:
+        """How many rows of what is known of the batches tell anything.
+
+        Where most batches are of a size of their own, the number of sizes is but another clock.
+        """
+        few = min(MOST_SIZES, self._count * FEW_SIZES)
+        return 4 if len(self._sizes) <= few else 3
+
+    @property
     def headroom(self) -> float | None:
-        """The least room of the last steps: a card is full at its longest batch; `None` if untold."""
+        """The least room of the last steps, which is that of the longest batch."""
         return min(self._rooms, default=None)

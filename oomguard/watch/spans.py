@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from oomguard.watch.robust import Floats
 
 BLOCKS = 16
+RISING = 2  # the row of what is known of batches from which on rows never fall
 # What is asked of a rise, set on made-up runs (benchmarks/creep.py).
 TREND_T = 5.0  # of the trend beside the batches
 LARGEST_JUMP = 0.4  # of the rise, between two blocks
 AT_REST = 0.02  # of the rise, between blocks that do not take part in it
-FADING = 0.6  # the late slope to the early one
+FADING = 0.75  # the late slope to the early one
 CLARITY = 5.0  # the rise, in standard deviations of the floor around its trend
 Z = 3.2  # Mann-Kendall, of the blocks' minima or medians
 
@@ -66,8 +67,8 @@ def without_batches(values: Floats, batches: Floats) -> tuple[Floats, float]:
 
     Args:
         values: Bytes, (n,).
-        batches: What is known of each batch, (m, n); the last row is the longest batch so far, and
-            that can only raise memory.
+        batches: What is known of each batch, (m, n): squared tokens, tokens, and then what never
+            falls (the longest batch so far, the number of sizes so far), which only raises memory.
 
     Returns:
         The values less that, and the t statistic of the trend with Newey-West errors (1987), which
@@ -75,13 +76,13 @@ def without_batches(values: Floats, batches: Floats) -> tuple[Floats, float]:
     """
     count = len(values)
     columns = [np.ones(count), np.linspace(-0.5, 0.5, count)]
-    monotone = -1
+    rising = []
     for row, known in enumerate(batches):
         centred = known - known.sum() / count
         norm = math.sqrt(float(centred @ centred) / count)
         if norm > 1e-9 * max(1.0, float(np.abs(known).max())):
-            if row == len(batches) - 1:
-                monotone = len(columns)
+            if row >= RISING:
+                rising.append(len(columns))
             columns.append(centred / norm)
     design = np.stack(columns)
     centred = values - values.sum() / count
@@ -96,8 +97,8 @@ def without_batches(values: Floats, batches: Floats) -> tuple[Floats, float]:
         covariance += (1 - lag / (lags + 1)) * (cross + cross.T)
     variance = float(inverse[1] @ covariance @ inverse[1])
     t = float(weights[1]) / math.sqrt(max(variance, 1e-12))
-    if monotone > 0:
-        weights[monotone] = max(weights[monotone], 0.0)
+    for column in rising:
+        weights[column] = max(weights[column], 0.0)
     return values - weights[2:] @ design[2:], t
 
 

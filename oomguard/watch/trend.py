@@ -10,7 +10,7 @@ from oomguard.errors import ConfigurationError
 from oomguard.watch.creep import Creep
 from oomguard.watch.phases import Phases
 from oomguard.watch.readings import CHUNK, RECENT_STEPS, Readings
-from oomguard.watch.spans import Growth, Pace, hinge, judge, pace, without_batches
+from oomguard.watch.spans import BLOCKS, Growth, Pace, hinge, judge, pace, without_batches
 from oomguard.watch.standing import SHORTEST_FOLLOWED, Standing, full_range
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ HOLD = 0.625
 SETTLED = 4  # means that tell a floor
 MEMORY = 8  # spans before a short one that are searched for earlier heights
 NEW_HIGH = 0.25  # of the rise must lie above them
+SLOWING = 1.4  # times as fast in the span before: what dies away
 LARGEST = 2.0**70  # what is above is no reading
 
 
@@ -157,7 +158,9 @@ class CreepDetector:
             if self._chunks % max(span // (8 * CHUNK), 1):
                 continue
             growth = self._judge(span)
-            if growth is not None and self._is_new_high(growth) and self._is_due(growth):
+            if growth is None or not self._is_new_high(growth) or self._slows(growth):
+                continue
+            if self._is_due(growth):
                 return self._report(growth)
         return None
 
@@ -167,11 +170,12 @@ class CreepDetector:
 
     def _view(self, span: int) -> tuple[Floats, Floats, Floats]:
         """Steps, values and what is known of the batches, over the last `span` readings."""
+        known = self._readings.known
         if span <= RECENT_STEPS:
             table = self._readings.recent.last(span)
-            return table[0], table[1], np.stack([table[2], table[2] ** 2, table[3]])
+            return table[0], table[1], np.stack([table[2] ** 2, *table[2:]])[:known]
         table = self._readings.means.last(span // CHUNK)
-        return table[0], table[1], table[[2, 4, 3]]
+        return table[0], table[1], table[2 : 2 + known]
 
     def _is_new_high(self, growth: Growth) -> bool:
         """Whether a short rise leads above what there was before it; another tooth does not."""
@@ -184,6 +188,19 @@ class CreepDetector:
         means = self._readings.means.last(chunks + earlier)[1]
         high = float(np.partition(means[:earlier], (nth := earlier * 9 // 10))[nth])
         return float(means[-max(chunks // 4, 1) :].mean()) >= high + NEW_HIGH * growth.gained
+
+    def _slows(self, growth: Growth) -> bool:
+        """Whether memory grew faster in the span before: a cache that fills, not a leak."""
+        before = min(self._chunks * CHUNK - growth.steps, growth.steps) // (BLOCKS * CHUNK)
+        if before < 1:
+            return False
+        steps = before * BLOCKS * CHUNK
+        both = (growth.steps + steps) // CHUNK
+        table = self._readings.means.last(both)[:, : steps // CHUNK]
+        return (
+            pace(table[1], table[2 : 2 + self._readings.known], steps).per_step
+            > SLOWING * growth.pace.per_step
+        )
 
     def _is_due(self, growth: Growth) -> bool:
         """Whether growth over so short a span must be said now, or may wait for a longer one."""
