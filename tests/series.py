@@ -213,13 +213,13 @@ def quadratic(run: Background) -> None:
 
 
 def cache_of_hits(run: Background) -> None:
-    """Held out: a cache of what was seen, which fills ever more slowly up to its bound."""
+    """A cache of what was seen, which fills ever more slowly up to its bound."""
     filled = 1 - np.exp(-np.arange(run.steps) / run.size(40, 500))
     run.held += np.floor(run.size(30, 600) * filled / (entry := run.size(0.5, 10))) * entry
 
 
 def shapes_seen(run: Background) -> None:
-    """Held out: one workspace or compiled graph for each new bucket of lengths."""
+    """One workspace or compiled graph for each new bucket of lengths."""
     run.tokens = np.ceil(run.tokens / (width := run.rng.choice([64, 128, 256]))) * width
     _, first = np.unique(run.tokens, return_index=True)
     new = np.zeros(run.steps)
@@ -240,7 +240,7 @@ def swapped_models(run: Background) -> None:
 
 
 def metric_buffer(run: Background) -> None:
-    """Held out: outputs kept for a metric and dropped when it is computed, at each epoch's end."""
+    """Outputs kept for a metric and dropped when it is computed, at each epoch's end."""
     every = int(run.rng.integers(60, 300))
     run.every("epoch", every)
     run.held += run.size(0.05, 5) * ((np.arange(run.steps) + 1) % every)
@@ -260,6 +260,26 @@ def daily_tide(run: Background) -> None:
     run.held += run.size(10, 300) * (1 + np.sin(2 * np.pi * np.arange(run.steps) / period + phase))
 
 
+def vocabulary(run: Background) -> None:
+    """Held out: one entry for each new word, which come ever more rarely, up to a bound."""
+    seen = (1 + np.arange(run.steps)) ** run.rng.uniform(0.3, 0.6)
+    run.held += run.size(5, 300) * np.minimum(seen / 1500**0.45, run.rng.uniform(0.5, 2))
+
+
+def queue(run: Background) -> None:
+    """Held out: a queue of samples that is full after some hundred steps."""
+    run.held += run.size(5, 400) * np.minimum(np.arange(run.steps) / run.rng.integers(20, 300), 1)
+
+
+def second_copy(run: Background) -> None:
+    """Held out: weights are copied now and then, for some steps; the first time leaves a part."""
+    period, height = int(run.rng.integers(50, 800)), run.size(50, 4000)
+    on = np.arange(run.steps) % period < run.rng.integers(1, 30)
+    on[:period] = False
+    run.held += height * on
+    run.held[period:] += height * run.rng.uniform(0, 0.3)
+
+
 Leak = Callable[[Background], "Floats"]
 
 
@@ -277,7 +297,7 @@ def drowned(run: Background) -> Floats:
 
 def with_tokens(run: Background) -> Floats:
     """In proportion to the batch."""
-    return run.size(0.2, 20) * run.tokens / run.tokens.mean()
+    return run.tokens * (run.size(0.2, 20) / float(run.tokens.mean()))
 
 
 def _at(run: Background, name: str) -> Floats:
@@ -362,15 +382,15 @@ def two_rates(run: Background) -> Floats:
 CLEAN: tuple[Callable[[Background], None], ...] = (
     *(fixed, variable, grouped, longer_and_longer, next_batch_on_device, warming_up),
     *(lazy_experts, one_off, first_eval, collected, wandering, longest_batch),
-    *(generation_cycle, profiled, settling),
+    *(generation_cycle, profiled, settling, cache_of_hits, shapes_seen, metric_buffer),
 )
 LEAKS: tuple[Leak, ...] = (
     *(steady, drowned, with_tokens, in_eval, in_save, late, now_and_then, in_bursts),
     *(faster_and_faster, among_teeth),
 )
 HELD_OUT_CLEAN: tuple[Callable[[Background], None], ...] = (
-    *(quadratic, cache_of_hits, shapes_seen, never_told, swapped_models, metric_buffer),
-    *(unfrozen, daily_tide),
+    *(quadratic, never_told, swapped_models, unfrozen, daily_tide),
+    *(vocabulary, queue, second_copy),
 )
 HELD_OUT_LEAKS: tuple[Leak, ...] = (
     *(each_kth, with_squares, in_recovery, beside_profiler, two_rates),

@@ -49,32 +49,33 @@ class Phases:
         self._open: dict[str, _Phase] = {}
         self._splits: dict[str, tuple[str, ...]] = {}
 
-    def add(self, step: int, event: str | None, unaccounted: float) -> str | None:
-        """Take one reading.
+    def names(self, event: str) -> tuple[str, ...]:
+        """The phases that an event joins with `"+"`, without the training step itself."""
+        if not isinstance(event, str):
+            return ()
+        if event not in self._splits:
+            if len(self._splits) >= MOST_PHASES**2:
+                return ()
+            names = {name.strip() for name in event.split("+")} - {"", TRAIN}
+            self._splits[event] = tuple(sorted(names))
+        return self._splits[event]
+
+    def add(self, step: int, ran: tuple[str, ...], unaccounted: float) -> str | None:
+        """Take one reading, and the names of what ran before it.
 
         Returns:
             The phase whose floor after an event became known with it, if any.
         """
-        closed = None
-        if event and event != TRAIN:
-            for name in self._names(event):
-                self._begin(name, step)
+        for name in ran:
+            self._begin(name, step)
         self._last.append(unaccounted)
+        closed = None
         if self._open:
-            for name, phase in [*self._open.items()]:
-                # The reading of the event's own step may have come before or after it.
-                if step - phase.began >= NEIGHBOURS:
-                    closed = name
-                    self._close(name, phase)
+            # What the event's own reading shows may have been read before the event.
+            due = [name for name, phase in self._open.items() if step - phase.began >= NEIGHBOURS]
+            for closed in due:
+                self._close(closed)
         return closed
-
-    def _names(self, event: str) -> tuple[str, ...]:
-        if event not in self._splits:
-            if len(self._splits) >= MOST_PHASES**2:
-                return ()
-            names = {name.strip() for name in str(event).split("+")} - {"", TRAIN}
-            self._splits[event] = tuple(sorted(names))
-        return self._splits[event]
 
     def _begin(self, name: str, step: int) -> None:
         phase = self._phases.get(name)
@@ -88,13 +89,18 @@ class Phases:
             phase.before, phase.began = min(self._last), step
             self._open[name] = phase
 
-    def _close(self, name: str, phase: _Phase) -> None:
-        del self._open[name]
+    def _close(self, name: str) -> None:
+        phase = self._open.pop(name)
         if phase.before is not None:
-            phase.jumps.append(Jump(step=phase.began, before=phase.before, after=min(self._last)))
+            after = min(self._last)
+            phase.jumps.append(Jump(step=phase.began, before=phase.before, after=after))
 
-    def staircase(self, name: str, at_least: float) -> tuple[Jump, ...] | None:
-        """The last events of a phase, if each left much the same and nothing grew between them."""
+    def staircase(self, name: str, at_least: float) -> tuple[str, tuple[Jump, ...]] | None:
+        """The last events of a phase, if each left much the same and nothing grew between them.
+
+        Returns:
+            The phase, with those that always run at the same steps, and the events.
+        """
         jumps = tuple(self._phases[name].jumps)[1:]
         if len(jumps) < CONFIRMED:
             return None
@@ -105,7 +111,7 @@ class Phases:
             return None
         if left.max() > 4 * typical or float(np.abs(between).max()) > 0.3 * typical:
             return None
-        return jumps
+        return self._together(name, jumps[0].step), jumps
 
     def of_rise(self, steps: Floats, values: Floats) -> str:
         """The phase that a rise is put down to.
@@ -136,13 +142,17 @@ class Phases:
         return best
 
     def _groups(self, since: int) -> dict[str, Floats]:
-        """Steps of events since a step, by the phases that ran at exactly these."""
-        together: dict[tuple[int, ...], list[str]] = {}
-        for name, phase in self._phases.items():
-            ran = tuple(step for step in phase.steps if step > since)
-            together.setdefault(ran, []).append(name)
-        groups = {}
-        for ran, names in together.items():
-            told = [name for name in names if name != EPOCH] or names
-            groups["+".join(sorted(told))] = np.array(ran, np.float64)
-        return groups
+        """Steps of events from a step on, by the phases that ran at exactly these."""
+        return {
+            self._together(name, since): np.array(self._since(name, since), np.float64)
+            for name in self._phases
+        }
+
+    def _since(self, name: str, since: int) -> list[int]:
+        return [step for step in self._phases[name].steps if step >= since]
+
+    def _together(self, name: str, since: int) -> str:
+        """The names of all phases that ran when this one did."""
+        ran = self._since(name, since)
+        names = [other for other in self._phases if self._since(other, since) == ran]
+        return "+".join(sorted(set(names) - {EPOCH} or names))

@@ -95,13 +95,36 @@ class Readings:
         return True
 
     @property
-    def known(self) -> int:
+    def _known(self) -> int:
         """How many rows of what is known of the batches tell anything.
 
         Where most batches are of a size of their own, the number of sizes is but another clock.
         """
-        few = min(MOST_SIZES, self._count * FEW_SIZES)
+        few = min(MOST_SIZES, len(self.means) * CHUNK * FEW_SIZES)
         return 4 if len(self._sizes) <= few else 3
+
+    @property
+    def available(self) -> int:
+        """How many readings a view may show."""
+        return min(self._count, KEPT_MEANS * CHUNK)
+
+    def view(self, count: int, *, means: bool = False) -> tuple[Floats, Floats, Floats]:
+        """The last readings: their steps, values, and what is known of the batches.
+
+        Args:
+            count: How many readings, a multiple of `CHUNK`.
+            means: Show chunks whatever the count; else only from `RECENT_STEPS` on.
+        """
+        known = self._known
+        if count <= RECENT_STEPS and not means:
+            table = self.recent.last(count)
+            return table[0], table[1], np.stack([table[2] ** 2, *table[2:]])[:known]
+        table = self.means.last(count // CHUNK)
+        return table[0], table[1], table[2 : 2 + known]
+
+    def begin_anew(self) -> None:
+        """Show only what is read from now on; heights and sizes stay known."""
+        self._count = 0
 
     @property
     def headroom(self) -> float | None:

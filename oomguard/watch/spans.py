@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from oomguard.watch.robust import Floats
 
 BLOCKS = 16
+HINGES = 128  # points at which a rise may have begun
 RISING = 2  # the row of what is known of batches from which on rows never fall
 # What is asked of a rise, set on made-up runs (benchmarks/creep.py).
 TREND_T = 5.0  # of the trend beside the batches
@@ -180,14 +181,14 @@ def hinge(values: Floats) -> tuple[int, float]:
     Returns:
         The index at which the line leaves the level, and by how much it has risen at the end.
     """
-    count = min(len(values), 64)
-    points = values[: len(values) // count * count].reshape(count, -1)
-    level = np.median(points, 1)
+    each = -(-len(values) // HINGES)
+    count = len(values) // each
+    level = np.median(values[len(values) - count * each :].reshape(count, each), 1)
     level -= level.sum() / count
-    ramps = np.clip(np.arange(count) - np.arange(count - BLOCKS // 4)[:, None], 0, None)
+    ramps = np.clip(np.arange(count) - np.arange(count - count // 8)[:, None], 0, None)
     centred = ramps - ramps.sum(1, keepdims=True) / count
     along = centred @ level
     squares = (centred * centred).sum(1)
     best = int(np.argmax(np.where(along > 0, along * along / squares, 0)))
     rise = float(along[best] / squares[best]) * (count - best)
-    return best * points.shape[1], rise
+    return len(values) - (count - best) * each, rise

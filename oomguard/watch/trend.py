@@ -8,32 +8,21 @@ import numpy as np
 
 from oomguard.errors import ConfigurationError
 from oomguard.watch.creep import Creep
+from oomguard.watch.doubt import LONG, Doubt
 from oomguard.watch.phases import Phases
-from oomguard.watch.readings import CHUNK, RECENT_STEPS, Readings
-from oomguard.watch.spans import BLOCKS, Growth, Pace, hinge, judge, pace, without_batches
+from oomguard.watch.readings import CHUNK, Readings
+from oomguard.watch.spans import Growth, Pace, hinge, judge, pace, without_batches
 from oomguard.watch.standing import SHORTEST_FOLLOWED, Standing, full_range
 
 if TYPE_CHECKING:
     from oomguard.watch.phases import Jump
-    from oomguard.watch.robust import Floats
 
 __all__ = ["Creep", "CreepDetector"]
 
 PROFILER = "profiler"
 SPANS = (64, 128, 256, 512, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 6144, 8192, 16384, 32768)
-# Most of what rises for a hundred steps stops. Growth over a span is said at once if that is LONG
-# or the growth of so many more such spans fills the card; if it is seen again half a span later and
-# the card is full SOON or the span is LASTING.
-LONG = 1024
-LASTING = 512
-PRESSING = 2
-SOON = 8
-SOONEST_HELD = 128
-HOLD = 0.625
 SETTLED = 4  # means that tell a floor
-MEMORY = 8  # spans before a short one that are searched for earlier heights
-NEW_HIGH = 0.25  # of the rise must lie above them
-SLOWING = 1.4  # times as fast in the span before: what dies away
+LONG_AT_LEAST = 2  # times the least growth, where a thousand steps and more had time for it
 LARGEST = 2.0**70  # what is above is no reading
 
 
@@ -85,13 +74,12 @@ class CreepDetector:
         self._readings = Readings()
         self._phases = Phases()
         self._step = 0
-        self._chunks = 0
+        self._doubt = Doubt(self._readings)
+        self._looks = 0
         self._allocated = 0.0
         self._accounted = 0.0
         self._tokens = 0.0
-        self._held: dict[int, tuple[int, int]] = {}
         self._standing: Standing | None = None
-        self._fallen = 0.0  # the most that grew, was reported, and fell back
 
     @property
     def active(self) -> Creep | None:
@@ -133,16 +121,17 @@ class CreepDetector:
             self._tokens = tokens
         headroom = _number(headroom_bytes)
         self._allocated = allocated
-        if self._step <= self._warmup_steps or event == PROFILER:
+        names = self._phases.names(event) if event else ()
+        if self._step <= self._warmup_steps or PROFILER in names:
             return None
         unaccounted = allocated - self._accounted
-        closed = self._phases.add(self._step, event, unaccounted)
+        closed = self._phases.add(self._step, names, unaccounted)
         if self._readings.add(self._step, unaccounted, self._tokens, headroom):
-            self._chunks += 1
+            self._looks += 1
             return self._follow(self._standing) if self._standing else self._look()
         if closed is not None and self._standing is None:
-            jumps = self._phases.staircase(closed, self._at_least())
-            return self._report_jumps(closed, jumps) if jumps else None
+            staircase = self._phases.staircase(closed, self._at_least())
+            return self._report_jumps(*staircase) if staircase else None
         return None
 
     def _at_least(self) -> float:
@@ -152,73 +141,22 @@ class CreepDetector:
 
     def _look(self) -> Creep | None:
         """Judge the spans that are due, shortest first."""
+        available = self._readings.available
         for span in SPANS:
-            if self._chunks * CHUNK < span:
+            if available < span:
                 break
-            if self._chunks % max(span // (8 * CHUNK), 1):
+            if self._looks % max(span // (8 * CHUNK), 1):
                 continue
-            growth = self._judge(span)
-            if growth is None or not self._is_new_high(growth) or self._slows(growth):
-                continue
-            if self._is_due(growth):
+            at_least = self._at_least() * (LONG_AT_LEAST if span >= LONG else 1)
+            _, values, batches = self._readings.view(span)
+            growth = judge(values, batches, span, at_least)
+            if growth is not None and not self._doubt.holds_back(growth, self._step):
                 return self._report(growth)
         return None
 
-    def _judge(self, span: int) -> Growth | None:
-        _, values, batches = self._view(span)
-        return judge(values, batches, span, self._at_least())
-
-    def _view(self, span: int) -> tuple[Floats, Floats, Floats]:
-        """Steps, values and what is known of the batches, over the last `span` readings."""
-        known = self._readings.known
-        if span <= RECENT_STEPS:
-            table = self._readings.recent.last(span)
-            return table[0], table[1], np.stack([table[2] ** 2, *table[2:]])[:known]
-        table = self._readings.means.last(span // CHUNK)
-        return table[0], table[1], table[2 : 2 + known]
-
-    def _is_new_high(self, growth: Growth) -> bool:
-        """Whether a short rise leads above what there was before it; another tooth does not."""
-        chunks = growth.steps // CHUNK
-        earlier = min(len(self._readings.means) - chunks, MEMORY * chunks)
-        if growth.steps >= LONG or earlier < 1:
-            return True
-        if growth.gained < 2 * self._fallen:
-            return False
-        means = self._readings.means.last(chunks + earlier)[1]
-        high = float(np.partition(means[:earlier], (nth := earlier * 9 // 10))[nth])
-        return float(means[-max(chunks // 4, 1) :].mean()) >= high + NEW_HIGH * growth.gained
-
-    def _slows(self, growth: Growth) -> bool:
-        """Whether memory grew faster in the span before: a cache that fills, not a leak."""
-        before = min(self._chunks * CHUNK - growth.steps, growth.steps) // (BLOCKS * CHUNK)
-        if before < 1:
-            return False
-        steps = before * BLOCKS * CHUNK
-        both = (growth.steps + steps) // CHUNK
-        table = self._readings.means.last(both)[:, : steps // CHUNK]
-        return (
-            pace(table[1], table[2 : 2 + self._readings.known], steps).per_step
-            > SLOWING * growth.pace.per_step
-        )
-
-    def _is_due(self, growth: Growth) -> bool:
-        """Whether growth over so short a span must be said now, or may wait for a longer one."""
-        span, room = growth.steps, self._readings.headroom
-        if span >= LONG or (room is not None and room <= PRESSING * growth.gained):
-            return True
-        first, last = self._held.get(span, (self._step, self._step))
-        if self._step - last > span // 4:
-            first = self._step
-        self._held[span] = first, self._step
-        if span < SOONEST_HELD or self._step - first < int(span * HOLD):
-            return False
-        return span >= LASTING or room is None or room <= SOON * growth.gained
-
     def _report(self, growth: Growth) -> Creep:
         """A finding of growth that passed."""
-        longest = max(span for span in SPANS if span <= self._chunks * CHUNK)
-        steps, values, batches = self._view(longest)
+        steps, values, batches = self._readings.view(self._readings.available)
         values, _ = without_batches(values, batches)
         start, gained = hinge(values)
         since = min(int(steps[start]), self._step - growth.steps // 2)
@@ -271,17 +209,18 @@ class CreepDetector:
         recent = self._readings.means.last(min(len(self._readings.means), SETTLED))[1]
         creep = standing.fell(self._step, float(recent.max()))
         if creep is None and self._step - standing.seen >= standing.span // 2:
-            if self._chunks * CHUNK < standing.span:
+            if self._readings.available < standing.span:
                 return None
-            _, values, batches = self._view(standing.span)
+            _, values, batches = self._readings.view(standing.span)
             now = pace(values, batches, standing.span)
             creep = standing.look(self._step, now, self._readings.headroom)
         if creep is not None and creep.withdrawn:
             if creep.bytes_so_far < standing.creep.bytes_so_far:
-                self._fallen = max(self._fallen, float(standing.creep.bytes_so_far))
+                fallen = float(standing.creep.bytes_so_far)
+                self._doubt.fallen = max(self._doubt.fallen, fallen)
             self._standing = None
-            self._held.clear()
-            self._chunks = 0
+            self._doubt.forget()
+            self._readings.begin_anew()
         return creep
 
     def _base(self, since: int) -> float:
