@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.watch.leak import LeakDetector
     from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "OOMEvent",
@@ -64,6 +66,7 @@ _MODULES = (
     "report",
     "rung",
     "rungs",
+    "watch.leak",
     "watch.reporter",
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,9 +185,11 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_entropy_bonus_enabled": lambda: (
         OLDER_TRL or ("self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__))
     ),
+    "_current_frames": lambda: inspect.currentframe() in sys._current_frames().values(),
     "_get_output_dir": lambda: (
         list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     ),
+    "_is_profiler_enabled": lambda: is_told_while_profiling(),
     "_is_vision_dataset": lambda: (
         OLDER_TRL
         or all(
@@ -197,10 +200,15 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},
+    "_record_memory_history": lambda: (
+        {"enabled", "stacks"}
+        <= inspect.signature(torch.cuda.memory._record_memory_history).parameters.keys()
+    ),
     "_schema": lambda: (
         torch.ops.aten.add_.Tensor._schema.is_mutable
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
+    "_snapshot": lambda: callable(torch.cuda.memory._snapshot),
 }
 
 
@@ -212,6 +220,12 @@ def dispatches_as_before() -> bool:
     found = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ForceDispatchKeyGuard(*found):
         return (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
+def is_told_while_profiling() -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        inside = torch.autograd.profiler._is_profiler_enabled
+    return inside and not torch.autograd.profiler._is_profiler_enabled
 
 
 def sees_nothing(context: Any) -> bool:
