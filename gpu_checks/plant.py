@@ -1,17 +1,15 @@
-"""Trouble with memory that is planted in a training, and callbacks that are timed in one."""
+"""Trouble with memory that is planted in a training, and callbacks that are there half the time."""
 
 from __future__ import annotations
 
 import ctypes
-import time
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from gpu_checks.card import Session
 
@@ -125,56 +123,30 @@ class Fragments(Plant):
 
 
 class Alternate(TrainerCallback):
-    """Lets other callbacks hear of every other block of steps only, and times them.
+    """Has other callbacks on the trainer for every other block of steps only."""
 
-    Attributes:
-        taken_s: Seconds in each callback, a step that it heard of.
-    """
-
-    def __init__(self, watchers: Mapping[str, TrainerCallback], block: int) -> None:
+    def __init__(self, trainer: Any, watchers: Sequence[TrainerCallback], block: int) -> None:
+        self._handler = trainer.callback_handler
         self._watchers = watchers
         self._block = block
-        self.taken_s: dict[str, list[float]] = defaultdict(list)
+        for watcher in watchers:
+            trainer.add_callback(watcher)
 
     def is_on(self, step: int) -> bool:
         """Whether they hear of the step after so many."""
         return step // self._block % 2 == 1
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """They hear of the beginning and the end in any case."""
-        for watcher in self._watchers.values():
-            watcher.on_train_begin(*args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """See `on_train_begin`."""
-        for watcher in self._watchers.values():
-            watcher.on_train_end(*args, **kwargs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass it on."""
-        if self.is_on(state.global_step):
-            for name, watcher in self._watchers.items():
-                began = time.perf_counter()
-                watcher.on_step_begin(args, state, control, **kwargs)
-                self.taken_s[name].append(time.perf_counter() - began)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass it on."""
-        if self.is_on(state.global_step):
-            self._pass_on("on_optimizer_step", args, state, control, **kwargs)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """They have heard of it."""
+        self._put(on=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass it on."""
-        if self.is_on(state.global_step - 1):
-            self._pass_on("on_step_end", args, state, control, **kwargs)
+        """Change at the end of a block; of the end of the training they hear too."""
+        if state.global_step % self._block == 0:
+            last = state.global_step == state.max_steps
+            self._put(on=last or self.is_on(state.global_step))
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass it on."""
-        if self.is_on(state.global_step - 1):
-            self._pass_on("on_log", args, state, control, **kwargs)
-
-    def _pass_on(self, event: str, *args: Any, **kwargs: Any) -> None:
-        for name, watcher in self._watchers.items():
-            began = time.perf_counter()
-            getattr(watcher, event)(*args, **kwargs)
-            self.taken_s[name][-1] += time.perf_counter() - began
+    def _put(self, *, on: bool) -> None:
+        others = [entry for entry in self._handler.callbacks if entry not in self._watchers]
+        # A new list: the handler goes through the old one now.
+        self._handler.callbacks = [*self._watchers, *others] if on else others

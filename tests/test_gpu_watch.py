@@ -30,10 +30,9 @@ def test_what_watching_costs_is_measured_with_tiny_models(tmp_path: Path) -> Non
     out = tmp_path / "rows.json"
     names = ["overhead", "outside", "fragmentation"]
     assert watch.main(["--tiny", "--sections", *names, "--out", str(out)]) == 0
-    found = tables(out, "overhead")
-    assert found["Steps"][0]["steps_each"] > 0
-    assert {row["callback"] for row in found["Callbacks"]} == {"VRAMReporter", "LeakDetector"}
-    assert all(row["median_us_a_step"] > 0 for row in found["Callbacks"])
+    (row,) = tables(out, "overhead")["Steps"]
+    assert row["steps_each"] > 0
+    assert 0 < row["plain_step_s"] < 10 * row["watched_step_s"]
 
 
 @pytest.mark.slow

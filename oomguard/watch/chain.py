@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from weakref import ref
 
 _DEPTH = 14
+_PATIENCE_S = 2.0  # one depth takes 0.03 s for a million objects
 _WIDTH = 300  # referrers followed at one depth: further away lies the whole process
 
 
@@ -79,7 +81,10 @@ def find_chains(targets: Sequence[ref[Any]], beyond: tuple[type, ...] = ()) -> l
     seen = {(node.target, id(node.object)) for node in frontier}
     chains: dict[int, Chain] = {}
     second_best: dict[int, Chain] = {}
-    for _ in range(_DEPTH if frontier else 0):
+    until_s = time.perf_counter() + _PATIENCE_S
+    for _ in range(_DEPTH):
+        if not frontier or time.perf_counter() > until_s:
+            break
         for node, module, name in _globals(frontier):
             way = node.way()
             chain = Chain(*naming.render(way, f"{module}.{name}"), None, _kinds(way))

@@ -52,7 +52,7 @@ def is_installed(file: str) -> bool:
         file.startswith("<")
         or file == "??"
         or str(path).startswith(_INSTALLED)
-        or "site-packages" in path.parts
+        or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
     )
 
 
