@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ class Leaks(InOrder):
             kept.clear()
 
 
+class Alarmed(NamedTuple):
+    """What is left of that training."""
+
+    folder: Path
+    detector: oomguard.LeakDetector
+    trainer: InOrder
+    told: list[str]
+    rng_state: torch.Tensor
+
+
 def leaky(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> InOrder:
     return trainer_of(folder, trainer_class=Leaks, callbacks=callbacks, **changes)
 
@@ -49,36 +60,47 @@ def train(trainer: InOrder, **how: Any) -> None:
         trainer.train(**how)
 
 
-def test_training_comes_out_as_without_it_although_it_raised_an_alarm(tmp_path: Path) -> None:
-    detector = oomguard.LeakDetector()
-    trainer = leaky(tmp_path / "one", detector)
-    train(trainer)
-    state = torch.get_rng_state()
-    twin = leaky(tmp_path / "twin")
-    train(twin)
-    assert [finding.kind for finding in detector.findings] == ["leak"]
-    assert largest_difference(weights(trainer), weights(twin)) == 0
-    assert torch.equal(state, torch.get_rng_state())
-    lines = [
-        [
-            {k: v for k, v in line.items() if "_per_second" not in k and "runtime" not in k}
-            for line in h
-        ]
-        for h in (trainer.state.log_history, twin.state.log_history)
-    ]
-    assert lines[0] == lines[1]
-    assert not trainer.model._forward_pre_hooks  # type: ignore[union-attr]
+@pytest.fixture(scope="module")
+def alarmed(tmp_path_factory: pytest.TempPathFactory) -> Alarmed:
+    """A training in which the detector raised an alarm."""
+    folder, detector = tmp_path_factory.mktemp("alarmed"), oomguard.LeakDetector()
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("oomguard")
+    logger.addHandler(handler)
+    try:
+        trainer = leaky(folder, detector)
+        train(trainer)
+    finally:
+        logger.removeHandler(handler)
+    return Alarmed(folder, detector, trainer, told, torch.get_rng_state())
 
 
-def test_a_finding_is_told_once_and_is_in_the_file(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_training_comes_out_as_without_it_although_it_raised_an_alarm(
+    alarmed: Alarmed, tmp_path: Path
 ) -> None:
-    detector = oomguard.LeakDetector()
-    with caplog.at_level(logging.WARNING, "oomguard"):
-        train(leaky(tmp_path, detector))
-    assert [record.getMessage() for record in caplog.records] == [detector.findings[0].message]
-    assert load_findings(tmp_path / FILE_NAME) == detector.findings
-    assert detector.findings[0].step == ALARM
+    twin = leaky(tmp_path)
+    train(twin)
+    assert torch.equal(alarmed.rng_state, torch.get_rng_state())
+    assert largest_difference(weights(alarmed.trainer), weights(twin)) == 0
+    assert lines(alarmed.trainer) == lines(twin)
+    assert not alarmed.trainer.model._forward_pre_hooks  # type: ignore[union-attr]
+
+
+def lines(trainer: InOrder) -> list[dict[str, Any]]:
+    """The log without times."""
+    return [
+        {name: value for name, value in line.items() if not re.search("runtime|per_second", name)}
+        for line in trainer.state.log_history
+    ]
+
+
+def test_a_finding_is_told_once_and_is_in_the_file(alarmed: Alarmed) -> None:
+    (finding,) = alarmed.detector.findings
+    assert (finding.kind, finding.step) == ("leak", ALARM)
+    assert alarmed.told == [finding.message]
+    assert load_findings(alarmed.folder / FILE_NAME) == [finding]
 
 
 def test_the_file_says_that_nothing_was_found(tmp_path: Path) -> None:
@@ -93,6 +115,7 @@ def test_a_run_with_a_leak_can_be_stopped(tmp_path: Path) -> None:
     assert trainer.state.global_step == ALARM
 
 
+@pytest.mark.slow
 def test_a_run_with_a_leak_can_be_saved(tmp_path: Path) -> None:
     trainer = leaky(tmp_path, oomguard.LeakDetector(action="checkpoint"))
     train(trainer)
