@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.watch.leak import LeakDetector
     from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "OOMEvent",
@@ -69,6 +71,7 @@ _MODULES = (
     "report",
     "rung",
     "rungs",
+    "watch.leak",
     "watch.reporter",
     "diagnosis.finding",
     "diagnosis.diagnose",

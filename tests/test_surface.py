@@ -17,6 +17,7 @@ SURFACE = (
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "OOMEvent",
