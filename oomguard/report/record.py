@@ -1,10 +1,9 @@
-"""What happened to a guarded run: for the log, for the terminal, and as a JSON file."""
+"""What a guarded run started with, met, and ended with."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -13,29 +12,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rich import box
-from rich.table import Column, Table
 from rich.text import Text
 
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
+from oomguard.report.stored import from_json, to_json, write_whole
+from oomguard.report.table import headline, summary, table
 from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from rich.console import Console, ConsoleOptions, RenderResult
     from transformers.trainer_utils import TrainOutput
 
+REPORT_NAME = "oomguard.json"
 SCHEMA = "oomguard.report/1"
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _REDONE_AFTER = frozenset({"forward", "backward"})
 _WIDE = 112
-_UNKNOWN = "-"
-_NOT_FINITE = ("nan", "inf", "-inf")
 _PACKAGES = ("oomguard", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 
 
@@ -137,9 +136,9 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table of the recoveries, or one line where there were none."""
-        yield Text(self._headline(), style="bold")
+        yield Text(headline(self), style="bold")
         if self.recoveries:
-            yield from ("", self._table(wide=options.max_width >= _WIDE), "", Text(self._summary()))
+            yield from ("", table(self, wide=options.max_width >= _WIDE), "", Text(summary(self)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; a reader sees the old file or the new one, never half of one.
@@ -147,16 +146,8 @@ class Report:
         Raises:
             OSError: The file cannot be written.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._to_dict(), indent=2, allow_nan=False, default=str)
-        # In the same directory: a rename is atomic only within one file system.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, default=str)
+        write_whole(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -186,46 +177,9 @@ class Report:
             )
             raise ConfigurationError(msg) from error
 
-    def _headline(self) -> str:
-        if not self.recoveries:
-            failure = f"failed without a recovery: {self.error or 'no error was recorded'}"
-            happened = failure if self.status == "failed" else "no out-of-memory error"
-            change = _settings(self.initial_plan, self.plan) or "nothing was changed"
-            return f"oomguard: {happened}; {change}"
-        count = len(self.recoveries)
-        before, after = self.initial_plan.effective_batch_size, self.plan.effective_batch_size
-        batch = f"{after} unchanged" if before == after else f"changed from {before} to {after}"
-        return f"oomguard: {count} recover{'y' if count == 1 else 'ies'}, effective batch {batch}"
-
-    def _table(self, *, wide: bool) -> Table:
-        table = Table(
-            *(Column(name, no_wrap=True) for name in _pair("step", "phase", wide)),
-            *(Column(name, no_wrap=True, justify="right") for name in _pair("asked", "free", wide)),
-            *(Column(name, overflow="fold") for name in _pair("rung", "fidelity", wide)),
-            Column("change", overflow="fold"),
-            Column("lost", no_wrap=True, justify="right"),
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-            leading=0 if wide else 1,
-        )
-        for recovery in self.recoveries:
-            table.add_row(*map(Text, _cells(recovery, wide)))
-        return table
-
-    def _summary(self) -> str:
-        endings = {
-            "failed": f"failed: {self.error or 'no error was recorded'}",
-            "interrupted": "interrupted before the end",
-        }
-        steps = "" if self.status == "failed" else ", 0 steps"
-        change = _settings(self.initial_plan, self.plan) or "as at the start"
-        lines = [f"lost: {self.seconds_lost:.1f} s{steps}", f"plan: {change}"]
-        return "\n".join([*lines, *filter(None, [endings.get(self.status)])])
-
-    def _to_dict(self) -> dict[str, Any]:
-        output = None if self.train_output is None else _to_json(self.train_output._asdict())
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `save` writes it; what is left of other types is for `json`'s `default`."""
+        output = None if self.train_output is None else to_json(self.train_output._asdict())
         started = self.started.isoformat()
         return {"schema": SCHEMA, **asdict(self), "train_output": output, "started": started}
 
@@ -249,55 +203,10 @@ class Report:
         )
 
 
-def _settings(before: Plan, after: Plan) -> str:
-    """The change without the words on the effective batch, which the headline has."""
-    batch = after.describe_change(after)
-    return before.describe_change(after).removesuffix(batch).removesuffix(", ")
-
-
-def _pair(first: str, second: str, wide: bool) -> tuple[str, ...]:
-    """Two cells, or one of two lines where columns are few."""
-    return (first, second) if wide else (f"{first}\n{second}",)
-
-
-def _cells(recovery: Recovery, wide: bool) -> tuple[str, ...]:
-    event = recovery.event
-    asked, free = (
-        _UNKNOWN if size is None else format_bytes(size)
-        for size in (event.asked_bytes, event.free_bytes)
-    )
-    fidelity = _UNKNOWN if recovery.fidelity is None else recovery.fidelity.value
-    return (
-        *_pair(str(event.step), event.phase, wide),
-        *_pair(asked, free, wide),
-        *_pair(
-            recovery.rung or (_UNKNOWN if recovery.change else "released memory"), fidelity, wide
-        ),
-        recovery.change or _settings(recovery.before, recovery.after) or "plan unchanged",
-        f"{recovery.seconds_lost:.1f} s",
-    )
-
-
-def _to_json(value: Any) -> Any:
-    """Metrics as JSON types: NumPy and torch scalars as numbers, nan and infinity as text."""
-    if isinstance(value, dict):
-        return {name: _to_json(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(entry) for entry in value]
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _from_json(entry) for name, entry in value.items()}
-    return float(value) if value in _NOT_FINITE else value
-
-
 def _train_output(values: dict[str, Any] | None) -> TrainOutput | None:
     if values is None:
         return None
     # Slow to import, and a report of a run that never finished does not need it.
     from transformers.trainer_utils import TrainOutput
 
-    return TrainOutput(**_from_json(values))
+    return TrainOutput(**from_json(values))
