@@ -1,0 +1,101 @@
+"""What was predicted before the run, beside what was measured in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from oomguard.errors import ConfigurationError
+from oomguard.memory.size import format_bytes
+from oomguard.plan import Plan
+from oomguard.report.sections import Column, View
+from oomguard.report.table import size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from oomguard.report.run import Run
+    from oomguard.watch.readings import Reading
+
+_SIZES = (
+    ("peak_allocated_bytes", "peak_allocated_bytes", "peak allocated"),
+    ("peak_reserved_bytes", "peak_reserved_bytes", "peak reserved"),
+    ("device_bytes", "process_bytes", "of the device, with the CUDA context"),
+)
+
+
+def prediction(run: Run) -> dict[str, Any] | None:
+    """The section on the estimate in the report, or `None` where there is none.
+
+    Only training steps made under the plan that was estimated are compared with it.
+    """
+    estimate = getattr(run.report, "estimate", None)
+    if not isinstance(estimate, dict):
+        return None
+    under, note = _steps_of(run, estimate.get("plan"))
+    measured = [row for row in run.readings if row.phase == "train" and under(row)]
+    rows = []
+    for predicted_name, name, label in _SIZES:
+        predicted = _whole(estimate.get(predicted_name))
+        if predicted is not None:
+            known = [n for row in measured if (n := getattr(row, name)) is not None]
+            rows.append((label, *_compared(predicted, max(known, default=None))))
+    columns = (
+        Column("memory"),
+        *(Column(name, numeric=True) for name in ("predicted", "measured", "difference")),
+    )
+    return {
+        "sizes": View("Peaks of a training step", columns, rows),
+        "breakdown": _breakdown(estimate.get("breakdown")),
+        "note": note if measured else "No training step was measured under the estimated plan.",
+    }
+
+
+def _compared(predicted: int, measured: int | None) -> tuple[str, str, str]:
+    if not measured:
+        return format_bytes(predicted), size(measured), "-"
+    return (
+        format_bytes(predicted),
+        format_bytes(measured),
+        f"{(predicted - measured) / measured:+.1%}",
+    )
+
+
+def _breakdown(values: Any) -> View:
+    parts = values if isinstance(values, dict) else {}
+    known = {str(name): n for name, value in parts.items() if (n := _whole(value))}
+    rows = [
+        (name.removesuffix("_bytes").replace("_", " "), format_bytes(n))
+        for name, n in sorted(known.items(), key=lambda part: -part[1])
+    ]
+    columns = (Column("part"), Column("predicted", numeric=True))
+    return View("What the predicted peak consists of", columns, rows)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _steps_of(
+    run: Run, values: Mapping[str, Any] | None
+) -> tuple[Callable[[Reading], bool], str]:
+    """Whether a reading was made wholly under a plan, and what that is in words."""
+    try:
+        plan = None if values is None else Plan.from_dict(dict(values))
+    except (ConfigurationError, TypeError, ValueError):
+        plan = None
+    if plan is None:
+        return (lambda _: True), "Measured over all training steps, whatever plan they ran under."
+    report = run.report
+    # A step that ran out of memory was made under more than one plan.
+    ends = [recovery.event.step for recovery in report.recoveries]
+    plans = [report.initial_plan, *(recovery.after for recovery in report.recoveries)]
+    spans = [
+        (first, last)
+        for first, last, one in zip([0, *ends], [*ends, None], plans, strict=True)
+        if one == plan
+    ]
+
+    def under(row: Reading) -> bool:
+        return any(first < row.step and (last is None or row.step < last) for first, last in spans)
+
+    return under, "Measured over the training steps made under the plan that was estimated."

@@ -1,0 +1,106 @@
+"""All that a run left in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oomguard.errors import ConfigurationError
+from oomguard.report.record import REPORT_NAME, Report
+from oomguard.watch import findings as found
+from oomguard.watch import series as watched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from oomguard.watch.findings import Finding
+    from oomguard.watch.readings import Reading
+    from oomguard.watch.series import Breakdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as it is shown.
+
+    Attributes:
+        name: What it is called: the name of its folder.
+        report: What the guard wrote.
+        readings: What `VRAMReporter` wrote; empty where it did not.
+        breakdowns: What the memory consisted of now and then.
+        device: The device's name, where known.
+        card_bytes: The card's memory, where known.
+        findings: What `LeakDetector` wrote; `None` where it did not.
+        unreadable: Why a file of the folder is left out.
+    """
+
+    name: str
+    report: Report
+    readings: tuple[Reading, ...] = ()
+    breakdowns: tuple[Breakdown, ...] = ()
+    device: str | None = None
+    card_bytes: int | None = None
+    findings: tuple[Finding, ...] | None = None
+    unreadable: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """The run whose `output_dir` was `folder`.
+
+        Raises:
+            ConfigurationError: There is no report of a guarded run, or it is broken.
+        """
+        path = folder / REPORT_NAME
+        if not path.is_file():
+            there = "has none" if folder.is_dir() else "is no folder"
+            msg = (
+                f"{folder} {there} of {REPORT_NAME}, which oomguard.fit writes into the trainer's "
+                "output_dir when training ends; give that folder."
+            )
+            raise ConfigurationError(msg)
+        return cls.of(Report.load(path))
+
+    @classmethod
+    def of(cls, report: Report) -> Run:
+        """The run of a report, with what lies beside the report's file, if it has one."""
+        if report.folder is None:
+            return cls(name="oomguard run", report=report, card_bytes=_card_in_errors(report))
+        folder, unreadable = report.folder, list[str]()
+        series = _unless_broken(watched.Series.load, folder / watched.FILE_NAME, unreadable)
+        findings = _unless_broken(found.load, folder / found.FILE_NAME, unreadable)
+        return cls(
+            name=folder.resolve().name,
+            report=report,
+            readings=() if series is None else tuple(series.readings),
+            breakdowns=() if series is None else tuple(series.breakdowns),
+            device=None if series is None else series.device,
+            card_bytes=(series and series.card_total_bytes) or _card_in_errors(report),
+            findings=None if findings is None else tuple(findings),
+            unreadable=tuple(unreadable),
+        )
+
+    def column(self, name: str) -> list[Any]:
+        """One field of all readings, in order."""
+        return [getattr(reading, name) for reading in self.readings]
+
+    def largest(self, name: str) -> int | None:
+        """The largest known value of a field."""
+        return max((size for size in self.column(name) if size is not None), default=None)
+
+
+def _card_in_errors(report: Report) -> int | None:
+    known = (recovery.event.total_bytes for recovery in report.recoveries)
+    return next((size for size in known if size is not None), None)
+
+
+def _unless_broken[T](
+    load: Callable[[Path], T], path: Path, unreadable: list[str]
+) -> T | None:
+    """What a file holds; one that is broken costs its part of the picture and no more."""
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except (ConfigurationError, OSError) as error:
+        unreadable.append(str(error))
+    return None
