@@ -24,6 +24,7 @@ LAYERS = (
     "journal",
     "resumption",
     "oom",
+    "watch",
     "retry",
     "feed",
     "optimizer_step",
