@@ -116,6 +116,8 @@ class Report:
         versions: Of Python and the packages in use.
         started: When the run started.
         seconds: How long it has run.
+        estimate: What was predicted before the run, as JSON types; `None` where nothing was.
+        folder: Where its file is, and those of the run's callbacks beside it.
     """
 
     initial_plan: Plan
@@ -128,6 +130,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=installed_versions)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: float = 0.0
+    estimate: dict[str, Any] | None = None
+    folder: Path | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def seconds_lost(self) -> float:
@@ -148,6 +152,7 @@ class Report:
         """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False, default=str)
         write_whole(path, text + "\n")
+        self.folder = Path(path).parent
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -169,19 +174,48 @@ class Report:
             )
             raise ConfigurationError(msg)
         try:
-            return cls._from_dict(values)
+            report = cls._from_dict(values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = (
                 f"{path}: schema {SCHEMA!r}, but its content is not a report's "
                 f"({type(error).__name__}: {error}). Give a file as Report.save wrote it."
             )
             raise ConfigurationError(msg) from error
+        report.folder = Path(path).parent
+        return report
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML file that needs no network; written to `path` if it is given.
+
+        What `VRAMReporter` and `LeakDetector` wrote is looked for where the report was saved or
+        loaded.
+
+        Raises:
+            ConfigurationError: There is a timeline to draw, and Plotly is missing.
+            OSError: The file cannot be written.
+        """
+        from oomguard.report.page import page
+        from oomguard.report.run import Run
+
+        text = page(Run.of(self))
+        if path is not None:
+            write_whole(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the recoveries as a table, and the memory as a line."""
+        from oomguard.report.page import for_notebook
+        from oomguard.report.run import Run
+
+        return for_notebook(Run.of(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as `save` writes it; what is left of other types is for `json`'s `default`."""
         output = None if self.train_output is None else to_json(self.train_output._asdict())
         started = self.started.isoformat()
-        return {"schema": SCHEMA, **asdict(self), "train_output": output, "started": started}
+        values = {"schema": SCHEMA, **asdict(self), "train_output": output, "started": started}
+        del values["folder"]  # it is where the file is
+        return values
 
     @classmethod
     def _from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -200,6 +234,7 @@ class Report:
             versions=dict(values["versions"]),
             started=datetime.fromisoformat(values["started"]),
             seconds=values["seconds"],
+            estimate=values.get("estimate"),  # not in files of earlier versions
         )
 
 

@@ -65,7 +65,8 @@ class Run:
         """The run of a report, with what lies beside the report's file, if it has one."""
         if report.folder is None:
             return cls(name="oomguard run", report=report, card_bytes=_card_in_errors(report))
-        folder, unreadable = report.folder, list[str]()
+        folder = report.folder
+        unreadable: list[str] = []
         series = _unless_broken(watched.Series.load, folder / watched.FILE_NAME, unreadable)
         findings = _unless_broken(found.load, folder / found.FILE_NAME, unreadable)
         return cls(
@@ -93,9 +94,7 @@ def _card_in_errors(report: Report) -> int | None:
     return next((size for size in known if size is not None), None)
 
 
-def _unless_broken[T](
-    load: Callable[[Path], T], path: Path, unreadable: list[str]
-) -> T | None:
+def _unless_broken(load: Callable[[Path], Any], path: Path, unreadable: list[str]) -> Any:
     """What a file holds; one that is broken costs its part of the picture and no more."""
     if not path.exists():
         return None

@@ -168,7 +168,7 @@ def recoveries(report: Report) -> View:
     columns = (
         *(Column("step", numeric=True), Column("phase"), Column("rows x width", numeric=True)),
         *(Column("asked", numeric=True), Column("free", numeric=True)),
-        *(Column("rung", code=True), Column("fidelity"), Column("change")),
+        *(Column("rung"), Column("fidelity"), Column("change")),
         Column("lost", numeric=True),
     )
     return View("Each time memory ran out, and what was done", columns, rows)

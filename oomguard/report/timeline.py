@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import escape
 
 from oomguard.memory.size import format_bytes
+from oomguard.report.sections import duration
 from oomguard.report.table import changed, taken
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ DARK = {
     "second": "#8a94a6",
     "warning": "#ffb07c",
 }
+_SMALL = {"size": 13, "color": "var(--muted)"}
 _GIB, _MIB = 2**30, 2**20
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
@@ -78,22 +80,22 @@ class _Scale:
 
 
 def _lines(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
-    at = run.column("step")
-    elapsed = [f"{time_s:,.0f} s into the run" for time_s in run.column("time_s")]
+    steps = [reading for reading in run.readings if reading.phase == "train"]
+    elapsed = [f"{duration(reading.time_s)} into the run" for reading in steps]
     for name, label, line in (
         ("peak_reserved_bytes", "reserved (peak)", {"color": "var(--second)", "width": 1.5}),
         ("peak_allocated_bytes", "allocated (peak)", {"color": "var(--accent)", "width": 1.5}),
         ("allocated_bytes", "allocated after the step", {"color": "var(--accent)", "dash": "dot"}),
         ("device_used_bytes", "used on the card", {"color": "var(--muted)", "dash": "dash"}),
     ):
-        sizes = run.column(name)
+        sizes = [getattr(reading, name) for reading in steps]
         if all(size is None for size in sizes):
             continue
         trace = {
             "type": "scatter",
             "mode": "lines",
             "name": label,
-            "x": at,
+            "x": [reading.step for reading in steps],
             "y": [scale(size) for size in sizes],
             "line": {"shape": "linear", "width": 1.5, **line},
             "hovertemplate": f"%{{y:.2f}} {scale.unit}<extra>{label}</extra>",
@@ -209,20 +211,27 @@ def _layout(scale: _Scale) -> dict[str, Any]:
         "linecolor": "var(--line)",
         "zeroline": False,
         "tickfont": {"color": "var(--muted)", "size": 12},
+        "automargin": True,
     }
     return {
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": _FONT, "color": "var(--text)", "size": 13},
-        "margin": {"l": 56, "r": 16, "t": 8, "b": 44},
+        "margin": {"l": 56, "r": 16, "t": 36, "b": 44},
         "hovermode": "x unified",
         "hoverlabel": {
             "bgcolor": "var(--surface)",
             "bordercolor": "var(--line)",
             "font": {"color": "var(--text)"},
         },
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top"},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "var(--muted)", "activecolor": "var(--accent)"},
         "uirevision": "kept",  # what was zoomed stays so when the colours change
-        "xaxis": {**axis, "title": {"text": "optimizer step"}, "hoverformat": "d"},
-        "yaxis": {**axis, "title": {"text": scale.unit}, "rangemode": "tozero"},
+        "xaxis": {
+            **axis,
+            "title": {"text": "optimizer step", "font": _SMALL, "standoff": 8},
+            "hoverformat": "d",
+            "unifiedhovertitle": {"text": "step %{x}"},
+        },
+        "yaxis": {**axis, "title": {"text": scale.unit, "font": _SMALL}, "rangemode": "tozero"},
     }

@@ -20,6 +20,8 @@ if (timeline) {
   const touch = window.matchMedia("(pointer: coarse)").matches;
   const config = {
     displaylogo: false,
+    showSendToCloud: false, // Plotly's own default offers an upload
+    plotlyServerURL: "",
     displayModeBar: touch ? true : "hover",
     responsive: true,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
