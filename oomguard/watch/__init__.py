@@ -1,0 +1,1 @@
+"""Watching a training run: what memory does, and what it does wrong. Nothing here changes it."""
