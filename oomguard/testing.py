@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import (
 )
 
 from oomguard.errors import ConfigurationError
+from oomguard.memory import cards
 from oomguard.memory.size import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class VirtualCard(TorchDispatchMode):
         self._held: dict[int, _Held] = {}
         self._live_bytes = 0
         self._peak_bytes = 0
+        self._recent_peak_bytes = 0
         self._allocations = 0
 
     @property
@@ -110,6 +112,21 @@ class VirtualCard(TorchDispatchMode):
     def peak_bytes(self) -> int:
         """Most bytes that were ever on the card at once."""
         return self._peak_bytes
+
+    @property
+    def capacity_bytes(self) -> int | None:
+        """Memory of the card; `None` if it is unlimited."""
+        return self._capacity_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes counted now; unlike `live_bytes` it does not look for what was freed unseen."""
+        return self._live_bytes
+
+    def take_peak(self) -> int:
+        """Most bytes that were on the card at once since the last call of this method."""
+        peak, self._recent_peak_bytes = self._recent_peak_bytes, self._live_bytes
+        return peak
 
     @property
     def allocations(self) -> int:
@@ -149,10 +166,12 @@ class VirtualCard(TorchDispatchMode):
         self._state = "entered"
         self._pid = os.getpid()
         super().__enter__()
+        cards.enter(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)
+        cards.leave(self)
         self._state = "left"
         self._held.clear()  # the weak references go, and their callbacks with them
 
@@ -216,14 +235,18 @@ class VirtualCard(TorchDispatchMode):
         held.key, held.nbytes = id(storage), nbytes
         self._held[held.key] = held
         self._live_bytes += nbytes
-        self._peak_bytes = max(self._peak_bytes, self._live_bytes)
+        self._rises_to(self._live_bytes)
 
     def _resize(self, held: _Held, nbytes: int) -> None:
         if nbytes > held.nbytes:
             # A card copies into the larger block before it frees the smaller one.
-            self._peak_bytes = max(self._peak_bytes, self._live_bytes + nbytes)
+            self._rises_to(self._live_bytes + nbytes)
         self._live_bytes += nbytes - held.nbytes
         held.nbytes = nbytes
+
+    def _rises_to(self, live_bytes: int) -> None:
+        self._peak_bytes = max(self._peak_bytes, live_bytes)
+        self._recent_peak_bytes = max(self._recent_peak_bytes, live_bytes)
 
     def _released(self, held: _Held) -> None:
         del self._held[held.key]

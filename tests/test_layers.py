@@ -25,6 +25,7 @@ LAYERS = (
     "resumption",
     "watch",
     "oom",
+    "watch",
     "retry",
     "feed",
     "optimizer_step",

@@ -1,83 +1,164 @@
-"""What was read at each step, in bounded memory: the last steps as they were, older ones as means."""
+"""One reading of memory a step, cheap enough to be taken at every step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
 
-import numpy as np
+import psutil
 
-if TYPE_CHECKING:
-    from oomguard.watch.robust import Floats
+from oomguard.memory import cards, device
 
-CHUNK = 16  # steps that become one mean; also how often anything is looked at
-RECENT_STEPS = 512
-KEPT_MEANS = 2048  # 32,768 steps
+Phase = Literal["train", "eval", "save"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
-
-class Ring:
-    """The last `size` columns of a table, as one contiguous view.
-
-    Holds twice as much as it shows, so that a move of memory comes only every `size` columns.
-    """
-
-    def __init__(self, rows: int, size: int) -> None:
-        """Make an empty table of `rows` rows."""
-        self._table = np.empty((rows, 2 * size))
-        self._size = size
-        self._end = 0
-
-    def __len__(self) -> int:
-        return min(self._end, self._size)
-
-    def extend(self, columns: Floats) -> None:
-        """Append columns; at most `size` at once."""
-        width = columns.shape[1]
-        if self._end + width > self._table.shape[1]:
-            keep = self._size - width
-            self._table[:, :keep] = self._table[:, self._end - keep : self._end]
-            self._end = keep
-        self._table[:, self._end : self._end + width] = columns
-        self._end += width
-
-    def last(self, count: int) -> Floats:
-        """A view of the last `count` columns, which must be there."""
-        return self._table[:, self._end - count : self._end]
-
-    def clear(self) -> None:
-        """Forget all columns."""
-        self._end = 0
+_PROCESS_EVERY_S = 1.0
 
 
-class Readings:
-    """Per step: its number, unaccounted bytes, tokens of the batch, and the most tokens so far.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Memory after one optimizer step, one evaluation or one save; `None` where it is not known.
+
+    On a GPU, sizes are those of PyTorch's allocator, named as in `torch.cuda.memory_stats`. Under
+    a `VirtualCard` the allocated bytes and their peak are the card's. Else only the host's memory
+    is known.
 
     Attributes:
-        recent: Rows step, bytes, tokens, longest; one column a step.
-        means: Rows step, bytes, tokens, longest, squared tokens; one column for `CHUNK` readings.
+        step: Optimizer steps made so far.
+        time_s: Seconds since the run began, those of the runs that it resumes included.
+        phase: What was done since the last reading.
+        allocated_bytes: Live tensors.
+        reserved_bytes: What the allocator holds from the device.
+        peak_allocated_bytes: The most that was allocated at once since the last reading.
+        peak_reserved_bytes: The most that was reserved at once since the last reading.
+        active_bytes: Live tensors, and freed ones that another stream may still use.
+        inactive_split_bytes: Free pieces of blocks that are partly in use: fragmentation.
+        alloc_retries: How often the allocator had to empty its cache to find room, so far.
+        process_bytes: What this process uses of the device, by the driver; read once a second.
+        device_used_bytes: What all processes use of the device, by the driver.
+        batch_tokens: Padded tokens that the optimizer step was made of.
+        host_rss_bytes: The process's memory on the host.
     """
 
-    def __init__(self) -> None:
-        """Start without readings."""
-        self.recent = Ring(4, RECENT_STEPS + CHUNK)
-        self.means = Ring(5, KEPT_MEANS)
-        self._waiting: list[tuple[float, float, float, float]] = []
-        self._longest = 0.0
+    step: int
+    time_s: float
+    phase: Phase = "train"
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    active_bytes: int | None = None
+    inactive_split_bytes: int | None = None
+    alloc_retries: int | None = None
+    process_bytes: int | None = None
+    device_used_bytes: int | None = None
+    batch_tokens: int | None = None
+    host_rss_bytes: int | None = None
 
-    def add(self, step: int, unaccounted: float, tokens: float) -> bool:
-        """Take one reading; say whether it completed a chunk, which is when views change."""
-        self._longest = max(self._longest, tokens)
-        self._waiting.append((step, unaccounted, tokens, self._longest))
-        if len(self._waiting) < CHUNK:
-            return False
-        chunk = np.array(self._waiting).T
-        self._waiting.clear()
-        self.recent.extend(chunk)
-        squared = float(chunk[2] @ chunk[2]) / CHUNK
-        self.means.extend(np.append(chunk.sum(1) / CHUNK, squared).reshape(5, 1))
-        return True
 
-    def forget(self) -> None:
-        """Drop what was read; the longest batch stays known, because caches outlive a reading."""
-        self.recent.clear()
-        self.means.clear()
-        self._waiting.clear()
+Peaks = Literal["step", "risen", "none"]
+
+
+class Meter:
+    """Takes readings of the device that PyTorch uses at the moment, without waiting for it.
+
+    Args:
+        peaks: Which peaks readings have. `"step"`: each its own; the allocator's peak counters are
+            started anew every time, so `torch.cuda.max_memory_allocated` tells no more than that.
+            `"risen"`: the counters are left alone, so a peak is known only where it rose above all
+            before it. `"none"`: none. One meter at most may read the peaks of a `VirtualCard`,
+            which has a counter for it beside its `peak_bytes`.
+        began_s: Seconds that the run had taken before.
+    """
+
+    def __init__(self, *, peaks: Peaks = "none", began_s: float = 0.0) -> None:
+        self._peaks = peaks
+        self._began = time.perf_counter() - began_s
+        self._highest: tuple[int, int] = (0, 0)
+        self._process_due_s = 0.0
+
+    def take(self, step: int, phase: Phase = "train", batch_tokens: int | None = None) -> Reading:
+        """What is read now.
+
+        Args:
+            step: As in `Reading`.
+            phase: As in `Reading`.
+            batch_tokens: As in `Reading`.
+
+        Raises:
+            pynvml.NVMLError: The driver does not answer; the next readings do without it.
+        """
+        time_s = time.perf_counter() - self._began
+        readings = self._of_card() or self._of_device(time_s)
+        return Reading(
+            step=step,
+            time_s=time_s,
+            phase=phase,
+            batch_tokens=batch_tokens,
+            host_rss_bytes=_host().memory_info().rss,
+            **readings,
+        )
+
+    def _of_card(self) -> dict[str, int]:
+        card = cards.current()
+        if card is None:
+            return {}
+        found = {"allocated_bytes": card.allocated_bytes}
+        if self._peaks != "none":
+            found["peak_allocated_bytes"] = card.take_peak()
+        return found
+
+    def _of_device(self, time_s: float) -> dict[str, int | None]:
+        stats = device.allocator_stats()
+        if stats is None:
+            return {}
+        peak_allocated, peak_reserved = self._peaks_of(stats)
+        found = {
+            "allocated_bytes": stats.allocated_bytes,
+            "reserved_bytes": stats.reserved_bytes,
+            "peak_allocated_bytes": peak_allocated,
+            "peak_reserved_bytes": peak_reserved,
+            "active_bytes": stats.active_bytes,
+            "inactive_split_bytes": stats.inactive_split_bytes,
+            "alloc_retries": stats.alloc_retries,
+            "device_used_bytes": device.used_bytes(),
+        }
+        if time_s >= self._process_due_s:
+            self._process_due_s = math.inf  # where it fails it is not asked again
+            found["process_bytes"] = device.process_bytes()
+            self._process_due_s = time_s + _PROCESS_EVERY_S
+        return found
+
+    def _peaks_of(self, stats: device.AllocatorStats) -> tuple[int | None, int | None]:
+        found = stats.peak_allocated_bytes, stats.peak_reserved_bytes
+        if self._peaks == "none":
+            return None, None
+        if self._peaks == "step":
+            device.reset_peaks()
+            return found
+        before, self._highest = self._highest, found
+        allocated, reserved = (
+            now if now > then else None for now, then in zip(found, before, strict=True)
+        )
+        return allocated, reserved
+
+
+def card_total_bytes() -> int | None:
+    """What PyTorch may take of the device, or the capacity of the `VirtualCard` in force."""
+    card = cards.current()
+    return device.usable_bytes() if card is None else card.capacity_bytes
+
+
+def device_name() -> str:
+    """The device's name; `"VirtualCard"` or `"cpu"` without one."""
+    if cards.current() is not None:
+        return "VirtualCard"
+    return device.current_name() or "cpu"
+
+
+@cache
+def _host() -> psutil.Process:
+    return psutil.Process()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from oomguard.watch.creep import Creep
-from oomguard.watch.readings import CHUNK, RECENT_STEPS, Readings
+from oomguard.watch.window import CHUNK, RECENT_STEPS, Readings
 from oomguard.watch.spans import Growth, Tests, judge
 
 if TYPE_CHECKING:
