@@ -31,6 +31,7 @@ LAYERS = (
     "optimizer_step",
     "levers",
     "rollouts",
+    "snippet",
     "report",
     "checkpoint",
     "descent",

@@ -34,8 +34,8 @@ def page(run: Run) -> str:
         scripts.insert(0, plotly_js())
     plan = {
         "settings": sections.settings(run.report),
-        "snippet": snippet(run.report.plan),
-        "note": "oomguard.fit(trainer, plan=\"last\") begins a run in the same output_dir on "
+        "snippet": snippet(run.report.plan, run.report.initial_plan),
+        "note": 'oomguard.fit(trainer, plan="last") begins a run in the same output_dir on '
         "exactly this plan, whatever the configuration says.",
     }
     ladder = {
@@ -43,29 +43,37 @@ def page(run: Run) -> str:
         "recoveries": sections.recoveries(run.report),
         "rungs": sections.rungs(run.report),
     }
-    return _templates().get_template("page.html").render(
-        overview=sections.overview(run),
-        memory=sections.memory(run),
-        figure=None if drawn is None else _in_script(drawn),
-        ladder=ladder,
-        plan=plan,
-        growth=sections.growth(run),
-        prediction=prediction(run),
-        environment=sections.environment(run),
-        notes=run.unreadable,
-        style=Markup(_style()),  # noqa: S704 - our own file
-        scripts=[Markup(text) for text in scripts],  # noqa: S704 - our own file and Plotly's
-        policy=_policy(scripts),
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            overview=sections.overview(run),
+            memory=sections.memory(run),
+            figure=None if drawn is None else _in_script(drawn),
+            ladder=ladder,
+            plan=plan,
+            growth=sections.growth(run),
+            prediction=prediction(run),
+            environment=sections.environment(run),
+            notes=run.unreadable,
+            style=Markup(_style()),  # noqa: S704 - our own file
+            scripts=[Markup(text) for text in scripts],  # noqa: S704 - our own file and Plotly's
+            policy=_policy(scripts),
+        )
     )
 
 
 def for_notebook(run: Run) -> str:
     """The headline, a line of the memory, and the recoveries: a few kB, without scripts."""
-    return _templates().get_template("notebook.html").render(
-        headline=headline(run.report),
-        sparkline=sections.memory_line(run, width=60),
-        recoveries=sections.recoveries(run.report),
-        summary=summary(run.report),
+    return (
+        _templates()
+        .get_template("notebook.html")
+        .render(
+            headline=headline(run.report),
+            sparkline=sections.memory_line(run, width=60),
+            recoveries=sections.recoveries(run.report),
+            summary=summary(run.report),
+        )
     )
 
 

@@ -75,9 +75,7 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _steps_of(
-    run: Run, values: Mapping[str, Any] | None
-) -> tuple[Callable[[Reading], bool], str]:
+def _steps_of(run: Run, values: Mapping[str, Any] | None) -> tuple[Callable[[Reading], bool], str]:
     """Whether a reading was made wholly under a plan, and what that is in words."""
     try:
         plan = None if values is None else Plan.from_dict(dict(values))

@@ -10,6 +10,8 @@ from oomguard.errors import ConfigurationError
 from oomguard.report.record import REPORT_NAME, Report
 from oomguard.watch import findings as found
 from oomguard.watch import series as watched
+from oomguard.watch.findings import load_findings
+from oomguard.watch.series import Series
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,8 +69,8 @@ class Run:
             return cls(name="oomguard run", report=report, card_bytes=_card_in_errors(report))
         folder = report.folder
         unreadable: list[str] = []
-        series = _unless_broken(watched.Series.load, folder / watched.FILE_NAME, unreadable)
-        findings = _unless_broken(found.load, folder / found.FILE_NAME, unreadable)
+        series = _unless_broken(Series.load, folder / watched.FILE_NAME, unreadable)
+        findings = _unless_broken(load_findings, folder / found.FILE_NAME, unreadable)
         return cls(
             name=folder.resolve().name,
             report=report,

@@ -12,8 +12,18 @@ from oomguard.report.table import changed, size, taken
 if TYPE_CHECKING:
     from oomguard.report.record import Report
     from oomguard.report.run import Run
+    from oomguard.watch.findings import Finding, Kind
 
 _MINUTE_S, _HOUR_S = 60, 3600
+_KINDS: dict[Kind, str] = {
+    "leak": "Leak",
+    "cycles": "Reference cycles",
+    "fragmentation": "Fragmentation",
+    "outside": "Memory outside PyTorch",
+    "neighbour": "Another process on the card",
+    "thrashing": "Thrashing",
+    "spilling": "Spilling to the host",
+}
 
 
 @dataclass(frozen=True)
@@ -212,26 +222,30 @@ def growth(run: Run) -> dict[str, Any]:
             "grows, how fast, and what holds it."
         )
         return {"findings": [], "nothing": nothing}
-    shown = []
-    for finding in run.findings:
-        facts = {
-            "a step": finding.bytes_per_step and format_bytes(round(finding.bytes_per_step)),
-            "so far": finding.bytes_so_far and format_bytes(finding.bytes_so_far),
-            "since step": finding.since_step,
-            "phase": finding.phase,
-            "held by": finding.holder,
-        }
-        known = [f"{name}: {value}" for name, value in facts.items() if value]
-        shown.append(
-            {
-                "title": finding.kind + (" (withdrawn)" if finding.withdrawn else ""),
-                "message": finding.message,
-                "facts": "; ".join(known),
-                "advice": finding.advice,
-                "withdrawn": finding.withdrawn,
-            }
-        )
-    return {"findings": shown, "nothing": "Watched, and nothing grew."}
+    shown = [_finding(finding) for finding in run.findings]
+    return {"findings": shown, "nothing": "Watched, and nothing was found."}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    rate = finding.bytes_per_step
+    full = finding.full_at_step
+    facts = {
+        "a step": rate and format_bytes(round(rate)),
+        "so far": finding.bytes_so_far and format_bytes(finding.bytes_so_far),
+        "since step": finding.since_step,
+        "in phase": finding.phase,
+        "card full at step": full and f"{full[0]:,} to {full[1]:,}",
+        "held by": finding.holder,
+    }
+    advice = finding.advice or ""
+    return {
+        "title": _KINDS[finding.kind] + (" (taken back)" if finding.withdrawn else ""),
+        "message": finding.message,
+        "facts": "; ".join(f"{name} {value}" for name, value in facts.items() if value),
+        "advice": "" if advice in finding.message else advice,
+        "stacks": finding.stacks,
+        "withdrawn": finding.withdrawn,
+    }
 
 
 def environment(run: Run) -> View:

@@ -225,7 +225,11 @@ def _layout(scale: _Scale) -> dict[str, Any]:
             "font": {"color": "var(--text)"},
         },
         "legend": {"orientation": "h", "x": 0, "y": -0.16, "xanchor": "left", "yanchor": "top"},
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "var(--muted)", "activecolor": "var(--accent)"},
+        "modebar": {
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": "var(--muted)",
+            "activecolor": "var(--accent)",
+        },
         "uirevision": "kept",  # what was zoomed stays so when the colours change
         "xaxis": {
             **axis,

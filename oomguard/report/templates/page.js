@@ -14,6 +14,31 @@ const painted = (node, style) => {
   return node;
 };
 
+const MARKS = { diamond: "\u25c6", square: "\u25a0", x: "\u2716", "triangle-up": "\u25b2" };
+
+// Plotly's own legend takes half of a phone's screen, and a keyboard cannot reach it.
+const listTraces = (plot, list, traces) => {
+  for (const name of new Set(traces.map((trace) => trace.name))) {
+    const indices = [...traces.keys()].filter((index) => traces[index].name === name);
+    const trace = traces[indices[0]];
+    const swatch = document.createElement("i");
+    const style = trace.mode === "markers" ? trace.marker : trace.line;
+    swatch.className = trace.mode === "markers" ? "mark" : style.dash || "solid";
+    swatch.textContent = MARKS[style.symbol] || "";
+    swatch.style.color = style.color;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "true");
+    button.append(swatch, name);
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(shown));
+      Plotly.restyle(plot, { visible: shown }, indices);
+    });
+    list.append(button);
+  }
+};
+
 const timeline = document.getElementById("timeline");
 if (timeline) {
   const figure = JSON.parse(document.getElementById("figure").textContent);
@@ -29,12 +54,14 @@ if (timeline) {
   const draw = () => {
     const { data, layout } = painted(figure, getComputedStyle(document.documentElement));
     layout.autosize = true;
+    layout.showlegend = false;
     if (touch) {
       layout.dragmode = false; // a finger on the plot scrolls the page; the buttons zoom
     }
     return Plotly.react(timeline, data, layout, config);
   };
   draw();
+  listTraces(timeline, document.getElementById("legend"), figure.data);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
