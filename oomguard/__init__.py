@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
 
@@ -50,10 +51,21 @@ __all__ = [
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "VRAMReporter",
     "fit",
 ]
 
-_MODULES = ("errors", "event", "guard", "ladder", "plan", "report", "rung", "rungs")
+_MODULES = (
+    "errors",
+    "event",
+    "guard",
+    "ladder",
+    "plan",
+    "report",
+    "rung",
+    "rungs",
+    "watch.reporter",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ SURFACE = (
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "VRAMReporter",
     "fit",
 )
 

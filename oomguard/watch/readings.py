@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import psutil
 
 from oomguard.memory import cards, device
+from oomguard.watch.quiet import Quiet
 
 Phase = Literal["train", "eval", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -37,7 +38,7 @@ class Reading:
         active_bytes: Live tensors, and freed ones that another stream may still use.
         inactive_split_bytes: Free pieces of blocks that are partly in use: fragmentation.
         alloc_retries: How often the allocator had to empty its cache to find room, so far.
-        process_bytes: What this process uses of the device, by the driver; read once a second.
+        process_bytes: What this process uses of the device, by the driver; up to a second old.
         device_used_bytes: What all processes use of the device, by the driver.
         batch_tokens: Padded tokens that the optimizer step was made of.
         host_rss_bytes: The process's memory on the host.
@@ -79,6 +80,8 @@ class Meter:
         self._began = time.perf_counter() - began_s
         self._highest: tuple[int, int] = (0, 0)
         self._process_due_s = 0.0
+        self._process_bytes: int | None = None
+        self._quiet = Quiet("The process's memory on the device is not read")
 
     def take(self, step: int, phase: Phase = "train", batch_tokens: int | None = None) -> Reading:
         """What is read now.
@@ -87,9 +90,6 @@ class Meter:
             step: As in `Reading`.
             phase: As in `Reading`.
             batch_tokens: As in `Reading`.
-
-        Raises:
-            pynvml.NVMLError: The driver does not answer; the next readings do without it.
         """
         time_s = time.perf_counter() - self._began
         readings = self._of_card() or self._of_device(time_s)
@@ -116,7 +116,7 @@ class Meter:
         if stats is None:
             return {}
         peak_allocated, peak_reserved = self._peaks_of(stats)
-        found = {
+        return {
             "allocated_bytes": stats.allocated_bytes,
             "reserved_bytes": stats.reserved_bytes,
             "peak_allocated_bytes": peak_allocated,
@@ -125,12 +125,16 @@ class Meter:
             "inactive_split_bytes": stats.inactive_split_bytes,
             "alloc_retries": stats.alloc_retries,
             "device_used_bytes": device.used_bytes(),
+            "process_bytes": self._of_process(time_s),
         }
+
+    def _of_process(self, time_s: float) -> int | None:
         if time_s >= self._process_due_s:
             self._process_due_s = math.inf  # where it fails it is not asked again
-            found["process_bytes"] = device.process_bytes()
-            self._process_due_s = time_s + _PROCESS_EVERY_S
-        return found
+            with self._quiet:
+                self._process_bytes = device.process_bytes()
+                self._process_due_s = time_s + _PROCESS_EVERY_S
+        return self._process_bytes
 
     def _peaks_of(self, stats: device.AllocatorStats) -> tuple[int | None, int | None]:
         found = stats.peak_allocated_bytes, stats.peak_reserved_bytes
@@ -150,6 +154,12 @@ def card_total_bytes() -> int | None:
     """What PyTorch may take of the device, or the capacity of the `VirtualCard` in force."""
     card = cards.current()
     return device.usable_bytes() if card is None else card.capacity_bytes
+
+
+def allocated_bytes() -> int | None:
+    """Live tensors on the device, or on the `VirtualCard` in force; `None` without either."""
+    card = cards.current()
+    return device.allocated_and_reserved_bytes()[0] if card is None else card.allocated_bytes
 
 
 def device_name() -> str:
