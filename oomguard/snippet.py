@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,10 +67,12 @@ def _rows_of_a_pass(plan: Plan) -> int:
 
 
 def _checkpointing_name() -> str:
-    # Slow to import, and known only to the installed version.
-    arguments = import_module("transformers").TrainingArguments
+    # Slow to import; which of the names there is depends on the installed version.
+    from transformers import TrainingArguments
+
     new = "activation_checkpointing"
-    return new if new in arguments.__dataclass_fields__ else "gradient_checkpointing"
+    known = {field.name for field in fields(TrainingArguments)}
+    return new if new in known else "gradient_checkpointing"
 
 
 def _call(name: str, function: str, arguments: dict[str, Any], notes: dict[str, str]) -> str:

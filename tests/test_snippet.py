@@ -48,7 +48,8 @@ def test_the_code_of_a_plan_runs_and_configures_it(tmp_path: Path) -> None:
     assert (args.max_length, args.gradient_checkpointing) == (256, True)
     assert args.optim == "paged_adamw_8bit"
     assert type(lora) is LoraConfig
-    assert (lora.r, lora.target_modules) == (4, {"q_proj", "v_proj"})
+    assert lora.r == 4
+    assert sorted(lora.target_modules or ()) == ["q_proj", "v_proj"]
 
 
 def test_checkpointing_that_was_off_stays_off_although_trl_switches_it_on(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ SURFACE = (
 COMMANDS = {
     "": {"--version"},
     "doctor": {"--json"},
+    "report": {"run_dir", "--html", "--png", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,6 +14,7 @@ from markupsafe import Markup
 
 from oomguard.errors import ConfigurationError
 from oomguard.report import sections
+from oomguard.report.memory import memory, memory_line
 from oomguard.report.prediction import prediction
 from oomguard.report.table import headline, summary
 from oomguard.report.timeline import DARK, LIGHT, figure
@@ -48,7 +50,7 @@ def page(run: Run) -> str:
         .get_template("page.html")
         .render(
             overview=sections.overview(run),
-            memory=sections.memory(run),
+            memory=memory(run),
             figure=None if drawn is None else _in_script(drawn),
             ladder=ladder,
             plan=plan,
@@ -70,7 +72,7 @@ def for_notebook(run: Run) -> str:
         .get_template("notebook.html")
         .render(
             headline=headline(run.report),
-            sparkline=sections.memory_line(run, width=60),
+            sparkline=memory_line(run, width=60),
             recoveries=sections.recoveries(run.report),
             summary=summary(run.report),
         )
@@ -105,9 +107,7 @@ def _templates() -> Environment:
 
 
 def _resource(name: str) -> str:
-    environment = _templates()
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+    return (files("oomguard.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _style() -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from oomguard.errors import ConfigurationError
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
-from oomguard.report.sections import Column, View
 from oomguard.report.table import size
+from oomguard.report.view import Column, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

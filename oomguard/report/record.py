@@ -18,6 +18,7 @@ from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
+from oomguard.report.sparkline import ASCII, BLOCKS
 from oomguard.report.stored import from_json, to_json, write_whole
 from oomguard.report.table import headline, summary, table
 from oomguard.rung import Fidelity
@@ -35,6 +36,7 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 
 _REDONE_AFTER = frozenset({"forward", "backward"})
 _WIDE = 112
+_BESIDE = 44  # of the sparkline, its words and two sizes
 _PACKAGES = ("oomguard", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 
 
@@ -143,6 +145,13 @@ class Report:
         yield Text(headline(self), style="bold")
         if self.recoveries:
             yield from ("", table(self, wide=options.max_width >= _WIDE), "", Text(summary(self)))
+        from oomguard.report.memory import memory_line
+        from oomguard.report.run import Run
+
+        marks = ASCII if options.ascii_only else BLOCKS
+        line = memory_line(Run.of(self), width=min(options.max_width, _WIDE) - _BESIDE, marks=marks)
+        if line:
+            yield Text(f"memory: {line}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; a reader sees the old file or the new one, never half of one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oomguard.errors import ConfigurationError
@@ -15,10 +14,13 @@ from oomguard.watch.series import Series
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from oomguard.watch.findings import Finding
     from oomguard.watch.readings import Reading
     from oomguard.watch.series import Breakdown
+
+_FROM_THE_DEVICE = ("allocated_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,10 @@ class Run:
         """
         path = folder / REPORT_NAME
         if not path.is_file():
-            there = "has none" if folder.is_dir() else "is no folder"
+            lacks = f"has no {REPORT_NAME}" if folder.is_dir() else "is not a folder"
             msg = (
-                f"{folder} {there} of {REPORT_NAME}, which oomguard.fit writes into the trainer's "
-                "output_dir when training ends; give that folder."
+                f"{folder} {lacks}: give the output_dir of a trainer whose training oomguard.fit "
+                "has ended."
             )
             raise ConfigurationError(msg)
         return cls.of(Report.load(path))
@@ -69,8 +71,16 @@ class Run:
             return cls(name="oomguard run", report=report, card_bytes=_card_in_errors(report))
         folder = report.folder
         unreadable: list[str] = []
-        series = _unless_broken(Series.load, folder / watched.FILE_NAME, unreadable)
-        findings = _unless_broken(load_findings, folder / found.FILE_NAME, unreadable)
+
+        def beside(load: Callable[[Path], Any], name: str) -> Any:
+            path = folder / name
+            # A file that is older than the run is an earlier run's.
+            if path.exists() and path.stat().st_mtime >= report.started.timestamp():
+                return _unless_broken(load, path, unreadable)
+            return None
+
+        series = beside(Series.load, watched.FILE_NAME)
+        findings = beside(load_findings, found.FILE_NAME)
         return cls(
             name=folder.resolve().name,
             report=report,
@@ -86,6 +96,13 @@ class Run:
         """One field of all readings, in order."""
         return [getattr(reading, name) for reading in self.readings]
 
+    @property
+    def most_bytes(self) -> int | None:
+        """The most that is known to have been in use: of the device, else of the host."""
+        known = (self.largest(name) for name in _FROM_THE_DEVICE)
+        of_device = max((size for size in known if size is not None), default=None)
+        return self.largest("host_rss_bytes") if of_device is None else of_device
+
     def largest(self, name: str) -> int | None:
         """The largest known value of a field."""
         return max((size for size in self.column(name) if size is not None), default=None)
@@ -98,8 +115,6 @@ def _card_in_errors(report: Report) -> int | None:
 
 def _unless_broken(load: Callable[[Path], Any], path: Path, unreadable: list[str]) -> Any:
     """What a file holds; one that is broken costs its part of the picture and no more."""
-    if not path.exists():
-        return None
     try:
         return load(path)
     except (ConfigurationError, OSError) as error:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oomguard.memory.size import format_bytes
-from oomguard.report.sparkline import sparkline
 from oomguard.report.table import changed, size, taken
+from oomguard.report.view import Column, Figure, View, duration
 
 if TYPE_CHECKING:
     from oomguard.report.record import Report
     from oomguard.report.run import Run
     from oomguard.watch.findings import Finding, Kind
 
-_MINUTE_S, _HOUR_S = 60, 3600
 _KINDS: dict[Kind, str] = {
     "leak": "Leak",
     "cycles": "Reference cycles",
@@ -24,43 +22,6 @@ _KINDS: dict[Kind, str] = {
     "thrashing": "Thrashing",
     "spilling": "Spilling to the host",
 }
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column's name, and how its cells are set."""
-
-    name: str
-    numeric: bool = False
-    code: bool = False
-
-
-@dataclass(frozen=True)
-class View:
-    """A table: a caption, columns, and rows of text."""
-
-    caption: str
-    columns: tuple[Column, ...]
-    rows: list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number that is shown large, and a note below it."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
-def duration(seconds: float) -> str:
-    """`"42.1 s"`, `"3 min 20 s"` or `"2 h 05 min"`."""
-    if seconds < _MINUTE_S:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), _MINUTE_S)
-    if seconds < _HOUR_S:
-        return f"{minutes} min {rest:02d} s"
-    return "{} h {:02d} min".format(*divmod(minutes, _MINUTE_S))
 
 
 def overview(run: Run) -> dict[str, Any]:
@@ -94,66 +55,6 @@ def overview(run: Run) -> dict[str, Any]:
         "error": report.error,
         "figures": figures,
     }
-
-
-def memory(run: Run) -> dict[str, Any]:
-    """The words around the timeline, and the peaks as a table."""
-    if not run.readings:
-        return {
-            "missing": "No readings of memory were kept. Add oomguard.VRAMReporter() to the "
-            "trainer's callbacks and the next report shows them step by step."
-        }
-    rows = []
-    for phase, name in (("train", "training"), ("eval", "evaluation"), ("save", "saving")):
-        of_phase = [reading for reading in run.readings if reading.phase == phase]
-        if of_phase:
-            allocated, reserved = (
-                max((n for n in sizes if n is not None), default=None)
-                for sizes in (
-                    [reading.peak_allocated_bytes for reading in of_phase],
-                    [reading.peak_reserved_bytes for reading in of_phase],
-                )
-            )
-            rows.append((name, size(allocated), size(reserved), f"{len(of_phase):,}"))
-    columns = (
-        Column("phase"),
-        *(Column(name, numeric=True) for name in ("peak allocated", "peak reserved", "readings")),
-    )
-    peaks = View("The most that was in use at once", columns, rows)
-    legend = (
-        "Peaks are those since the reading before; neighbouring readings of a long run are merged, "
-        "and the higher peak is kept. Drag to zoom, double-click to zoom out, click a name to hide "
-        "its line."
-    )
-    return {
-        "summary": f"Memory by optimizer step. {graph_summary(run)}",
-        "sparkline": memory_line(run, width=60),
-        "peaks": peaks,
-        "legend": legend,
-    }
-
-
-def graph_summary(run: Run) -> str:
-    """What the timeline shows, for those who cannot see it."""
-    parts = [f"{len(run.readings)} readings"]
-    peak = run.largest("peak_allocated_bytes")
-    if peak is not None:
-        parts.append(f"peak allocated {format_bytes(peak)}")
-    if run.card_bytes is not None:
-        parts.append(f"card {format_bytes(run.card_bytes)}")
-    parts.append(f"{len(run.report.recoveries)} recoveries")
-    return ", ".join(parts) + "."
-
-
-def memory_line(run: Run, *, width: int, **options: Any) -> str:
-    """Peaks of allocated memory in a line of text; empty where there were no readings."""
-    sizes = [n for n in run.column("peak_allocated_bytes") if n is not None]
-    if not sizes:
-        return ""
-    top = max(sizes)
-    of = "" if run.card_bytes is None else f" of {format_bytes(run.card_bytes)}"
-    line = sparkline(sizes, top=max(top, run.card_bytes or 0), width=width, **options)
-    return f"{line}  peak {format_bytes(top)}{of}"
 
 
 def recoveries(report: Report) -> View:

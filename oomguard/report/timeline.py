@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import escape
 
 from oomguard.memory.size import format_bytes
-from oomguard.report.sections import duration
 from oomguard.report.table import changed, taken
+from oomguard.report.view import duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ LIGHT = {
     "line": "#e2e6ec",
     "accent": "#2459d6",
     "accent-fill": "rgba(36, 89, 214, 0.12)",
-    "second": "#8a94a6",
+    "second": "#7b8698",
     "warning": "#b4430c",
 }
 DARK = {
@@ -39,6 +39,7 @@ DARK = {
     "second": "#8a94a6",
     "warning": "#ffb07c",
 }
+_HIDDEN = {"device_used_bytes", "host_rss_bytes"}  # until they are asked for
 _SMALL = {"size": 13, "color": "var(--muted)"}
 _GIB, _MIB = 2**30, 2**20
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
@@ -48,12 +49,12 @@ def figure(run: Run) -> dict[str, Any]:
     """The figure: what was allocated and reserved, the card's limit, and marks of what happened.
 
     Args:
-        run: A run with a series.
+        run: A run with readings.
 
     Returns:
         `{"data": […], "layout": {…}}`, as Plotly takes it once `painted`.
     """
-    scale = _Scale(max(run.largest("peak_allocated_bytes"), run.card_bytes or 0))
+    scale = _Scale(max(run.most_bytes or 0, run.card_bytes or 0))
     traces = [*_lines(run, scale), *_limit(run, scale), *_growth(run, scale), *_marks(run, scale)]
     return {"data": traces, "layout": _layout(scale)}
 
@@ -83,27 +84,38 @@ def _lines(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
     steps = [reading for reading in run.readings if reading.phase == "train"]
     elapsed = [f"{duration(reading.time_s)} into the run" for reading in steps]
     for name, label, line in (
-        ("peak_reserved_bytes", "reserved (peak)", {"color": "var(--second)", "width": 1.5}),
-        ("peak_allocated_bytes", "allocated (peak)", {"color": "var(--accent)", "width": 1.5}),
+        ("device_used_bytes", "used on the card by all", {"color": "var(--muted)", "dash": "dash"}),
+        ("peak_reserved_bytes", "reserved, peak", {"color": "var(--second)"}),
+        ("peak_allocated_bytes", "allocated, peak", {"color": "var(--accent)"}),
         ("allocated_bytes", "allocated after the step", {"color": "var(--accent)", "dash": "dot"}),
-        ("device_used_bytes", "used on the card", {"color": "var(--muted)", "dash": "dash"}),
+        ("host_rss_bytes", "host memory", {"color": "var(--second)", "dash": "dot"}),
     ):
         sizes = [getattr(reading, name) for reading in steps]
         if all(size is None for size in sizes):
             continue
-        trace = {
+        risen = name.startswith("peak") and None in sizes
+        trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "lines",
-            "name": label,
+            "name": f"{label} so far" if risen else label,
             "x": [reading.step for reading in steps],
-            "y": [scale(size) for size in sizes],
-            "line": {"shape": "linear", "width": 1.5, **line},
-            "hovertemplate": f"%{{y:.2f}} {scale.unit}<extra>{label}</extra>",
+            "y": [scale(size) for size in (_so_far(sizes) if risen else sizes)],
+            "line": {"width": 1.5, **line},
+            "hovertemplate": f"%{{y:.2f}} {scale.unit}",
+            "visible": name not in _HIDDEN or run.most_bytes == run.largest(name),
         }
         if name == "peak_allocated_bytes":
             trace |= {"fill": "tozeroy", "fillcolor": "var(--accent-fill)", "text": elapsed}
-            trace["hovertemplate"] = f"%{{y:.2f}} {scale.unit}, %{{text}}<extra>{label}</extra>"
+            trace["hovertemplate"] += ", %{text}"
         yield trace
+
+
+def _so_far(sizes: Sequence[int | None]) -> Iterator[int | None]:
+    """The highest until then: without counters of its own a peak is known only where it rose."""
+    highest = None
+    for size in sizes:
+        highest = size if highest is None else max(highest, size or 0)
+        yield highest
 
 
 def _limit(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
@@ -116,7 +128,7 @@ def _limit(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
             "x": [min(steps), max(steps)],
             "y": [scale(run.card_bytes)] * 2,
             "line": {"color": "var(--warning)", "width": 1.5, "dash": "dash"},
-            "hovertemplate": f"%{{y:.2f}} {scale.unit}<extra>card</extra>",
+            "hovertemplate": f"%{{y:.2f}} {scale.unit}",
         }
 
 
@@ -144,7 +156,7 @@ def _growth(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
             "line": {"color": "var(--warning)", "width": 2},
             "marker": {"symbol": "triangle-up", "size": 9},
             "text": [_plain(finding.message)] * 2,
-            "hovertemplate": "%{text}<extra>growth</extra>",
+            "hovertemplate": "%{text}",
         }
 
 
@@ -167,7 +179,7 @@ def _marks(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
         points = [(step, scale(size or 0)) for step, size in found]
         yield from _points(label, points, texts, symbol, "var(--muted)", 7)
     failed = [list(at) for _, at in groupby(run.report.recoveries, key=lambda r: r.event.step)]
-    top = run.card_bytes or run.largest("peak_allocated_bytes")
+    top = run.card_bytes or run.most_bytes
     points = [(at[0].event.step, scale(top)) for at in failed]
     texts = ["<br>".join(map(_told, at)) for at in failed]
     yield from _points("recovery", points, texts, "x", "var(--warning)", 10)
@@ -190,7 +202,7 @@ def _points(
             "y": [height for _, height in points],
             "text": list(texts),
             "marker": {"symbol": symbol, "size": size, "color": color},
-            "hovertemplate": f"%{{text}}<extra>{label}</extra>",
+            "hovertemplate": "%{text}",
         }
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from oomguard.watch.creep import Creep
-from oomguard.watch.spans import Growth, Tests, judge
 from oomguard.watch.window import CHUNK, RECENT_STEPS, Readings
+from oomguard.watch.spans import Growth, Tests, judge
 
 if TYPE_CHECKING:
     from oomguard.watch.robust import Floats

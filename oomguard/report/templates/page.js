@@ -17,7 +17,7 @@ const painted = (node, style) => {
 const MARKS = { diamond: "\u25c6", square: "\u25a0", x: "\u2716", "triangle-up": "\u25b2" };
 
 // Plotly's own legend takes half of a phone's screen, and a keyboard cannot reach it.
-const listTraces = (plot, list, traces) => {
+const listTraces = (list, traces, draw) => {
   for (const name of new Set(traces.map((trace) => trace.name))) {
     const indices = [...traces.keys()].filter((index) => traces[index].name === name);
     const trace = traces[indices[0]];
@@ -28,12 +28,13 @@ const listTraces = (plot, list, traces) => {
     swatch.style.color = style.color;
     const button = document.createElement("button");
     button.type = "button";
-    button.setAttribute("aria-pressed", "true");
+    button.setAttribute("aria-pressed", String(trace.visible !== false));
     button.append(swatch, name);
     button.addEventListener("click", () => {
-      const shown = button.getAttribute("aria-pressed") !== "true";
-      button.setAttribute("aria-pressed", String(shown));
-      Plotly.restyle(plot, { visible: shown }, indices);
+      const visible = trace.visible === false;
+      indices.forEach((index) => { traces[index].visible = visible; });
+      button.setAttribute("aria-pressed", String(visible));
+      draw();
     });
     list.append(button);
   }
@@ -61,7 +62,7 @@ if (timeline) {
     return Plotly.react(timeline, data, layout, config);
   };
   draw();
-  listTraces(timeline, document.getElementById("legend"), figure.data);
+  listTraces(document.getElementById("legend"), figure.data, draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
