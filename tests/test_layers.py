@@ -31,7 +31,6 @@ LAYERS = (
     "optimizer_step",
     "levers",
     "rollouts",
-    "snippet",
     "report",
     "checkpoint",
     "descent",

@@ -18,7 +18,7 @@ from oomguard.report.memory import memory, memory_line
 from oomguard.report.prediction import prediction
 from oomguard.report.table import headline, summary
 from oomguard.report.timeline import DARK, LIGHT, figure
-from oomguard.snippet import snippet
+from oomguard.report.next_run import snippet
 
 if TYPE_CHECKING:
     from oomguard.report.run import Run

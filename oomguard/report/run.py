@@ -117,6 +117,8 @@ def _unless_broken(load: Callable[[Path], Any], path: Path, unreadable: list[str
     """What a file holds; one that is broken costs its part of the picture and no more."""
     try:
         return load(path)
-    except (ConfigurationError, OSError) as error:
+    except ConfigurationError as error:
         unreadable.append(str(error))
+    except Exception as error:  # noqa: BLE001 - a report is shown while training ends, or fails
+        unreadable.append(f"{path}: cannot be read ({type(error).__name__}: {error}).")
     return None

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from oomguard.plan import Plan
-from oomguard.snippet import snippet
+from oomguard.report.next_run import snippet
 
 if TYPE_CHECKING:
     from pathlib import Path
