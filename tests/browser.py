@@ -25,7 +25,9 @@ needs_chromium = pytest.mark.skipif(
 _POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 _CONSOLE = re.compile(r"^\[[^\]]*:CONSOLE[^\]]*\] (.*)$", re.MULTILINE)
 _BROWSER = "not an origin"
-_FLAGS = (
+# Chromium refuses root a sandbox; no host has an address.
+FLAGS = (
+    *(("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()),
     "--headless",
     "--disable-gpu",
     "--no-first-run",
@@ -33,6 +35,7 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
     "--virtual-time-budget=4000",
     "--enable-logging=stderr",
     "--v=0",
@@ -57,13 +60,10 @@ class Seen:
 def opened(page: Path, *flags: str) -> Seen:
     """Open a file in a headless Chromium for which no host on the network has an address."""
     log = page.with_suffix(".netlog.json")
-    root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses root a sandbox
     done = subprocess.run(  # noqa: S603 - a browser, on our own page
         [
             str(CHROMIUM),
-            *_FLAGS,
-            *root,
-            "--host-resolver-rules=MAP * ~NOTFOUND",
+            *FLAGS,
             f"--log-net-log={log}",
             *flags,
             "--dump-dom",

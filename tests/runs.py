@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from oomguard.watch.readings import Phase
+
 MIB, GIB = 2**20, 2**30
 CARD_BYTES = 12 * GIB
 PLAN = Plan(
@@ -78,24 +80,27 @@ def report_of(plan: Plan = PLAN, **changes: Any) -> Report:
     return replace(report, **changes)
 
 
+def _reading(step: int, phase: Phase, late_s: float, peak: int, reserved: int | None) -> Reading:
+    return Reading(
+        step=step,
+        time_s=1.5 * step + late_s,
+        phase=phase,
+        allocated_bytes=4 * GIB,
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=reserved,
+    )
+
+
 def readings(steps: int = 40) -> list[Reading]:
     """Steps below the card's limit, less from step 12 on; an evaluation and a save every ten."""
     found = []
     for step in range(1, steps + 1):
         peak = (11 if step < 12 else 7) * GIB + step * MIB
-        sizes = {"allocated_bytes": 4 * GIB, "reserved_bytes": peak + 512 * MIB}
-        peaks = {"peak_allocated_bytes": peak, "peak_reserved_bytes": peak + 512 * MIB}
-        found.append(Reading(step=step, time_s=1.5 * step, **sizes, **peaks))
+        found.append(_reading(step, "train", 0.0, peak, peak + 512 * MIB))
         if step % 10 == 0:
             found += [
-                Reading(
-                    step=step,
-                    time_s=1.5 * step + late_s,
-                    phase=phase,
-                    allocated_bytes=4 * GIB,
-                    peak_allocated_bytes=peak,
-                )
-                for phase, late_s, peak in (("eval", 0.5, 6 * GIB), ("save", 0.6, 4 * GIB))
+                _reading(step, "eval", 0.5, 6 * GIB, None),
+                _reading(step, "save", 0.6, 4 * GIB, None),
             ]
     return found
 

@@ -82,6 +82,16 @@ def test_a_name_of_a_module_is_text_and_never_code(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50)
+@given(st.text(st.characters(codec="utf-8")))
+def test_any_name_comes_out_as_it_went_in(name: str) -> None:
+    code = snippet(replace(PLAN, optim=name))
+    # "exec" reads source as Python's own tokenizer does, line ends of all kinds included.
+    names: dict[str, Any] = {"SFTConfig": dict}
+    exec(code.partition("\n")[2], names)  # noqa: S102 - our own text
+    assert names["args"]["optim"] == name
+
+
+@settings(max_examples=50)
 @given(st.integers(1, 64), st.integers(1, 8), st.none() | st.integers(1, 64))
 def test_the_effective_batch_is_kept_and_no_pass_has_more_rows(
     batch: int, accumulation: int, rows: int | None

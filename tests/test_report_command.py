@@ -135,7 +135,7 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
 
 
 def test_a_real_run_is_shown_as_it_was(tmp_path: Path) -> None:
-    trainer = tiny.sft_trainer(tmp_path / "real", max_steps=3, eval_strategy="no")
+    trainer: Any = tiny.sft_trainer(tmp_path / "real", max_steps=3)
     with VirtualCard(fail_at=900) as card:
         card.track(trainer.model)
         own = oomguard.fit(trainer, ladder="exact_first")

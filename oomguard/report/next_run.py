@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def snippet(plan: Plan, start: Plan | None = None) -> str:
             note["r"] = f"was {start.lora_r}; let lora_alpha fall with it"
         imports.insert(0, "from peft import LoraConfig")
         calls.append(_call("peft_config", "LoraConfig", lora, note))
-    return "\n".join([*imports, "", *calls])
+    return "\n\n".join(["\n".join(imports), *calls]) + "\n"
 
 
 def _arguments(plan: Plan) -> dict[str, Any]:
@@ -77,7 +78,15 @@ def _checkpointing_name() -> str:
 
 def _call(name: str, function: str, arguments: dict[str, Any], notes: dict[str, str]) -> str:
     lines = [
-        f"    {argument}={value!r}," + (f"  # {notes[argument]}" if argument in notes else "")
+        f"    {argument}={_literal(value)},"
+        + (f"  # {notes[argument]}" if argument in notes else "")
         for argument, value in arguments.items()
     ]
     return "\n".join([f"{name} = {function}(", *lines, f"    {_AS_BEFORE}", ")"])
+
+
+def _literal(value: Any) -> str:
+    """A value as Python spells it, text in double quotes, as formatters want it."""
+    if isinstance(value, (str, list)):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from oomguard.errors import ConfigurationError
 from oomguard.report import sections
 from oomguard.report.memory import memory, memory_line
+from oomguard.report.next_run import snippet
 from oomguard.report.prediction import prediction
 from oomguard.report.table import headline, summary
 from oomguard.report.timeline import DARK, LIGHT, figure
-from oomguard.report.next_run import snippet
 
 if TYPE_CHECKING:
     from oomguard.report.run import Run

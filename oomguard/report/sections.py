@@ -72,7 +72,7 @@ def recoveries(report: Report) -> View:
                 size(event.free_bytes),
                 taken(recovery),
                 "-" if recovery.fidelity is None else recovery.fidelity.value,
-                changed(recovery),
+                changed(recovery).replace(" -> ", " \u2192 "),
                 f"{recovery.seconds_lost:.1f} s",
             )
         )
