@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
@@ -198,7 +200,9 @@ def test_a_broken_file_beside_the_report_costs_its_part_only(tmp_path: Path, nam
 
 def test_files_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    report_of().save(folder / "oomguard.json")  # of a run that began after those files
+    hour_ago = time.time() - 3600
+    for name in ("oomguard_vram.parquet", "oomguard_findings.json"):
+        os.utime(folder / name, (hour_ago, hour_ago))
     run = Run.read(folder)
     assert (run.readings, run.findings) == ((), None)
 

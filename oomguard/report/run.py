@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from oomguard.watch.readings import Reading
     from oomguard.watch.series import Breakdown
 
+_COARSE_S = 2.0  # file systems round the time of a file down, FAT to two seconds
 _FROM_THE_DEVICE = ("allocated_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
 
 
@@ -75,7 +76,7 @@ class Run:
         def beside(load: Callable[[Path], Any], name: str) -> Any:
             path = folder / name
             # A file that is older than the run is an earlier run's.
-            if path.exists() and path.stat().st_mtime >= report.started.timestamp():
+            if path.exists() and path.stat().st_mtime > report.started.timestamp() - _COARSE_S:
                 return _unless_broken(load, path, unreadable)
             return None
 
