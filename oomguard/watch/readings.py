@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, get_args
 
-import psutil
-
-from oomguard.memory import cards, device
+from oomguard.memory import cards, device, host
 from oomguard.watch.quiet import Quiet
 
 Phase = Literal["train", "eval", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_PROCESS_EVERY_S = 1.0
+_DRIVER_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +35,7 @@ class Reading:
         inactive_split_bytes: Free pieces of blocks that are partly in use: fragmentation.
         alloc_retries: How often the allocator had to empty its cache to find room, so far.
         process_bytes: What this process uses of the device, by the driver; up to a second old.
-        device_used_bytes: What all processes use of the device, by the driver.
+        device_used_bytes: What all processes use of the device, by the driver; up to a second old.
         batch_tokens: Padded tokens that the optimizer step was made of.
         host_rss_bytes: The process's memory on the host.
     """
@@ -79,8 +75,9 @@ class Meter:
         self._peaks = peaks
         self._began = time.perf_counter() - began_s
         self._highest: tuple[int, int] = (0, 0)
-        self._process_due_s = 0.0
-        self._process_bytes: int | None = None
+        self._driver: dict[str, int | None] = {}
+        self._driver_due_s = 0.0
+        self._nvml_answers = True
         self._quiet = Quiet("The process's memory on the device is not read")
 
     def take(self, step: int, phase: Phase = "train", batch_tokens: int | None = None) -> Reading:
@@ -98,7 +95,7 @@ class Meter:
             time_s=time_s,
             phase=phase,
             batch_tokens=batch_tokens,
-            host_rss_bytes=_host().memory_info().rss,
+            host_rss_bytes=host.rss_bytes(),
             **readings,
         )
 
@@ -124,17 +121,19 @@ class Meter:
             "active_bytes": stats.active_bytes,
             "inactive_split_bytes": stats.inactive_split_bytes,
             "alloc_retries": stats.alloc_retries,
-            "device_used_bytes": device.used_bytes(),
-            "process_bytes": self._of_process(time_s),
+            **self._of_driver(time_s),
         }
 
-    def _of_process(self, time_s: float) -> int | None:
-        if time_s >= self._process_due_s:
-            self._process_due_s = math.inf  # where it fails it is not asked again
-            with self._quiet:
-                self._process_bytes = device.process_bytes()
-                self._process_due_s = time_s + _PROCESS_EVERY_S
-        return self._process_bytes
+    def _of_driver(self, time_s: float) -> dict[str, int | None]:
+        if time_s >= self._driver_due_s:
+            self._driver_due_s = time_s + _DRIVER_EVERY_S
+            self._driver["device_used_bytes"] = device.used_bytes()
+            if self._nvml_answers:
+                self._nvml_answers = False
+                with self._quiet:
+                    self._driver["process_bytes"] = device.process_bytes()
+                    self._nvml_answers = True
+        return self._driver
 
     def _peaks_of(self, stats: device.AllocatorStats) -> tuple[int | None, int | None]:
         found = stats.peak_allocated_bytes, stats.peak_reserved_bytes
@@ -167,8 +166,3 @@ def device_name() -> str:
     if cards.current() is not None:
         return "VirtualCard"
     return device.current_name() or "cpu"
-
-
-@cache
-def _host() -> psutil.Process:
-    return psutil.Process()

@@ -83,7 +83,12 @@ class VRAMRecorder(TrainerCallback):
             self._run.recoveries = self._recoveries()
             if not args.torch_compile:
                 self._run.hook = self._run.tokens.attach(kwargs["model"])
-            self._run.callbacks = live.handler()
+            self._run.callbacks = handler = live.handler()
+            if handler is not None and self in handler.callbacks:
+                # Those after it draw and log what it says. The handler goes through this list now,
+                # and finds what comes after here in its place.
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
             atexit.register(self.close)  # a run that fails does not end
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -202,7 +207,8 @@ class _Run:
 
     def is_due(self) -> bool:
         """Whether the file is older than half a minute."""
-        return self.series.time_s - self._written_s >= _WRITE_EVERY_S
+        latest = self.latest
+        return latest is not None and latest.time_s - self._written_s >= _WRITE_EVERY_S
 
     def write(self) -> None:
         """Write the file; where that fails, the next try is as far away as after a success."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from oomguard.watch import live
 from oomguard.watch.quiet import Quiet
 from oomguard.watch.readings import Reading
 from oomguard.watch.recorder import VRAMRecorder
@@ -25,8 +24,8 @@ class VRAMReporter(VRAMRecorder):
     The log lines of training steps get `vram/allocated_gib`, `vram/peak_allocated_gib` and so on,
     as `Reading` names them, for TensorBoard, W&B, trackio and every other `report_to`, which put
     `train/` before them. Peaks are the highest since the last line, the rest is as of its step.
-    To be heard by all of them it moves itself to the front of the trainer's callbacks. The whole
-    series is in `oomguard_vram.parquet` in `args.output_dir`.
+    To be heard by all of them it moves itself to the front of the trainer's callbacks when training
+    begins. The whole series is in `oomguard_vram.parquet` in `args.output_dir`.
 
     Training comes out as without it. One thing does change: PyTorch's peak counters start anew
     at every step, so `torch.cuda.max_memory_allocated()` tells the peak since the last one only.
@@ -36,18 +35,7 @@ class VRAMReporter(VRAMRecorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self._moves = Quiet(f"{type(self).__name__} is not heard by every report_to")
         self._logs = Quiet(f"{type(self).__name__} puts nothing into the logs")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin as a recorder does; be the first callback, which those after it hear."""
-        super().on_train_begin(args, state, control, **kwargs)
-        with self._moves:
-            handler = live.handler()
-            if handler is not None:
-                # The handler goes through this list now: what comes after here stays in its place.
-                handler.callbacks.remove(self)
-                handler.callbacks.insert(0, self)
 
     def on_log(
         self,
