@@ -92,10 +92,11 @@ def _reading(step: int, phase: Phase, late_s: float, peak: int, reserved: int | 
 
 
 def readings(steps: int = 40) -> list[Reading]:
-    """Steps below the card's limit, less from step 12 on; an evaluation and a save every ten."""
+    """Steps, of which step 12 takes most; an evaluation and a save every ten."""
     found = []
     for step in range(1, steps + 1):
-        peak = (11 if step < 12 else 7) * GIB + step * MIB
+        before, at, after = 11 * GIB, 23 * GIB // 2, 7 * GIB
+        peak = (before if step < 12 else at if step == 12 else after) + step * MIB
         found.append(_reading(step, "train", 0.0, peak, peak + 512 * MIB))
         if step % 10 == 0:
             found += [

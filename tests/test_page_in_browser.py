@@ -104,7 +104,7 @@ def test_hovering_tells_the_step_and_zooming_moves_the_axis(tmp_path: Path, html
     """
     hover, width = json.loads(told(opened(write(tmp_path, with_script(html, script)))))
     assert hover.startswith("step 12")
-    assert "allocated, peak : 7.01 GiB, 18.0 s into the run" in hover
+    assert "allocated, peak : 11.51 GiB, 18.0 s into the run" in hover
     assert "recovery : backward, asked 1.50 GiB: CheckpointActivations" in hover
     assert width < 25
 

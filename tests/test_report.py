@@ -162,7 +162,7 @@ def test_a_run_that_was_watched_shows_its_memory_in_a_line(tmp_path: Path, width
     report = Report.load(write_run(tmp_path / "run") / "oomguard.json")
     line = rendered(report, width).splitlines()[-1]
     assert line.startswith("memory: ████")
-    assert line.endswith("▅▅  peak 11.01 GiB of 12.00 GiB")
+    assert line.endswith("▅▅  peak 11.51 GiB of 12.00 GiB")
     assert len(line) <= width
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Console(file=file, width=width).print(report)  # raises where a mark is not ASCII

@@ -46,7 +46,7 @@ def test_a_table_is_printed_and_the_page_lies_beside_the_report(folder: Path) ->
     done = report(folder)
     assert done.exit_code == 0, done.stderr
     for part in (
-        *("oomguard: 2 recoveries", "CheckpointActivations", "memory: ██", "peak 11.01 GiB of 12"),
+        *("oomguard: 2 recoveries", "CheckpointActivations", "memory: ██", "peak 11.51 GiB of 12"),
         *(LEAK.message, "page: "),
     ):
         assert part in done.stdout
