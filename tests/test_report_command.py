@@ -121,6 +121,17 @@ def test_the_picture_is_a_png_of_the_timeline(folder: Path, tmp_path: Path) -> N
     assert [int.from_bytes(head[at : at + 4], "big") for at in (16, 20)] == [2400, 1200]
 
 
+def test_without_a_browser_that_starts_there_is_no_picture(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "kaleido", reason="kaleido draws the picture: pip install 'oomguard[report]'"
+    )
+    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
+    assert "install one" in refused(report(folder, "--png", tmp_path / "timeline.png"))
+    assert names(tmp_path) == {"llama-lora"}
+
+
 def test_without_readings_there_is_no_picture(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", rows=())
     assert "no readings of memory" in refused(report(folder, "--png", tmp_path / "x.png"))

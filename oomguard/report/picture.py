@@ -25,6 +25,7 @@ def picture(run: Run) -> bytes:
     try:
         import kaleido
         import plotly  # noqa: F401 - kaleido draws with the plotly.js in it
+        from kaleido import errors
     except ImportError as error:
         msg = (
             f"A PNG is drawn with Plotly and Kaleido, and {error.name} is not installed: "
@@ -38,15 +39,15 @@ def picture(run: Run) -> bytes:
         image: bytes = kaleido.calc_fig_sync(
             drawn, opts={"format": "png", **_SIZE}, kopts={"mathjax": False}
         )
-    except _of_the_browser(kaleido.errors) as error:
+    except (
+        errors.ChromeNotFoundError,
+        errors.BrowserFailedError,
+        errors.BrowserClosedError,
+    ) as error:
         msg = (
-            "Kaleido draws in Chrome or Chromium, and none was found or none starts. Install one "
-            "(apt-get install chromium, or plotly_get_chrome), or open the HTML report, whose "
-            "camera button saves the same picture."
+            "Kaleido draws in Chrome or Chromium, and none was found or none starts: (a) install one, "
+            "with apt-get install chromium or plotly_get_chrome, or (b) leave --png out and use the "
+            "camera button of the page."
         )
         raise ConfigurationError(msg) from error
     return image
-
-
-def _of_the_browser(errors: Any) -> tuple[type[Exception], ...]:
-    return errors.ChromeNotFoundError, errors.BrowserFailedError, errors.BrowserClosedError
