@@ -45,9 +45,9 @@ def picture(run: Run) -> bytes:
         errors.BrowserClosedError,
     ) as error:
         msg = (
-            "Kaleido draws in Chrome or Chromium, and none was found or none starts: (a) install one, "
-            "with apt-get install chromium or plotly_get_chrome, or (b) leave --png out and use the "
-            "camera button of the page."
+            "Kaleido draws in Chrome or Chromium, and none was found or none starts: (a) install "
+            "one, with apt-get install chromium or plotly_get_chrome, or (b) leave --png out and "
+            "use the camera button of the page."
         )
         raise ConfigurationError(msg) from error
     return image
