@@ -237,6 +237,11 @@ def test_a_prediction_is_compared_with_the_steps_made_under_its_plan(tmp_path: P
     text = Page(page(Run.read(write_run(tmp_path / "before", report=before)))).text
     assert "peak allocated 8.00 GiB 11.01 GiB -27.3%" in text
     assert "steps made under the plan that was estimated" in text
+    # A run that began with the plan of an earlier one, and kept it.
+    begun = estimated(report_of(recoveries=[]))
+    assert begun.plan != begun.initial_plan
+    text = Page(page(Run.read(write_run(tmp_path / "begun", report=begun)))).text
+    assert "peak allocated 8.00 GiB 11.51 GiB -30.5%" in text
 
 
 def test_a_prediction_for_a_plan_that_never_ran_is_shown_without_a_measurement(

@@ -86,14 +86,16 @@ def _steps_of(run: Run, values: Mapping[str, Any] | None) -> tuple[Callable[[Rea
     report = run.report
     # A step that ran out of memory was made under more than one plan.
     ends = [recovery.event.step for recovery in report.recoveries]
-    plans = [report.initial_plan, *(recovery.after for recovery in report.recoveries)]
+    # A run may begin with another plan than its trainer's own: with that of a run before it.
+    first = report.recoveries[0].before if report.recoveries else report.plan
+    plans = [first, *(recovery.after for recovery in report.recoveries)]
     spans = [
-        (first, last)
-        for first, last, one in zip([0, *ends], [*ends, None], plans, strict=True)
+        (begin, end)
+        for begin, end, one in zip([0, *ends], [*ends, None], plans, strict=True)
         if one == plan
     ]
 
     def under(row: Reading) -> bool:
-        return any(first < row.step and (last is None or row.step < last) for first, last in spans)
+        return any(begin < row.step and (end is None or row.step < end) for begin, end in spans)
 
     return under, "Measured over the training steps made under the plan that was estimated."
