@@ -20,7 +20,7 @@ from oomguard.errors import ConfigurationError
 from oomguard.report import Report
 from oomguard.report.page import _in_script, for_notebook, page
 from oomguard.report.run import Run
-from tests.runs import GIB, LEAK, PLAN, report_of, write_run
+from tests.runs import GIB, LEAK, PLAN, readings, report_of, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -242,6 +242,18 @@ def test_a_prediction_is_compared_with_the_steps_made_under_its_plan(tmp_path: P
     assert begun.plan != begun.initial_plan
     text = Page(page(Run.read(write_run(tmp_path / "begun", report=begun)))).text
     assert "peak allocated 8.00 GiB 11.51 GiB -30.5%" in text
+
+
+def test_a_reading_merged_of_steps_under_two_plans_is_left_out(tmp_path: Path) -> None:
+    # Each reading is of two steps. That of step 14 is of step 13 too, which ran out of memory.
+    rows = [
+        replace(row, step=2 * row.step, peak_allocated_bytes=(9 if row.step == 7 else 6) * GIB)
+        for row in readings()
+    ]
+    late = [replace(row, event=replace(row.event, step=13)) for row in report_of().recoveries]
+    report = estimated(report_of(recoveries=late))
+    text = Page(page(Run.read(write_run(tmp_path / "run", report=report, rows=rows)))).text
+    assert "peak allocated 8.00 GiB 6.00 GiB +33.3%" in text
 
 
 def test_a_prediction_for_a_plan_that_never_ran_is_shown_without_a_measurement(

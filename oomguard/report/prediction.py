@@ -11,8 +11,6 @@ from oomguard.report.table import size
 from oomguard.report.view import Column, View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from oomguard.report.run import Run
     from oomguard.watch.readings import Reading
 
@@ -31,8 +29,7 @@ def prediction(run: Run) -> dict[str, Any] | None:
     estimate = getattr(run.report, "estimate", None)
     if not isinstance(estimate, dict):
         return None
-    under, note = _steps_of(run, estimate.get("plan"))
-    measured = [row for row in run.readings if row.phase == "train" and under(row)]
+    measured, note = _measured(run, estimate.get("plan"))
     rows = []
     for predicted_name, name, label in _SIZES:
         predicted = _whole(estimate.get(predicted_name))
@@ -75,14 +72,13 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _steps_of(run: Run, values: Mapping[str, Any] | None) -> tuple[Callable[[Reading], bool], str]:
-    """Whether a reading was made wholly under a plan, and what that is in words."""
+def _measured(run: Run, values: Any) -> tuple[list[Reading], str]:
+    """The readings of training that were made wholly under a plan, and what they are in words."""
+    readings = [row for row in run.readings if row.phase == "train"]
     try:
-        plan = None if values is None else Plan.from_dict(dict(values))
+        plan = Plan.from_dict(dict(values))
     except (ConfigurationError, TypeError, ValueError):
-        plan = None
-    if plan is None:
-        return (lambda _: True), "Measured over all training steps, whatever plan they ran under."
+        return readings, "Measured over all training steps, whatever plan they ran under."
     report = run.report
     # A step that ran out of memory was made under more than one plan.
     ends = [recovery.event.step for recovery in report.recoveries]
@@ -94,8 +90,11 @@ def _steps_of(run: Run, values: Mapping[str, Any] | None) -> tuple[Callable[[Rea
         for begin, end, one in zip([0, *ends], [*ends, None], plans, strict=True)
         if one == plan
     ]
-
-    def under(row: Reading) -> bool:
-        return any(begin < row.step and (end is None or row.step < end) for begin, end in spans)
-
+    # A merged reading has the peaks of all steps since the one before it.
+    since = [0, *(row.step for row in readings)]
+    under = [
+        row
+        for row, before in zip(readings, since, strict=False)
+        if any(begin <= before and (end is None or row.step < end) for begin, end in spans)
+    ]
     return under, "Measured over the training steps made under the plan that was estimated."
