@@ -40,6 +40,7 @@ COMMANDS = {
     "": {"--version"},
     "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
+    "report": {"run_dir", "--html", "--png", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 
