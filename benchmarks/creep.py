@@ -5,7 +5,7 @@
 Prints two tables: runs of the families that the detector's limits were set on, and runs of families
 that no limit was set on. Recall counts leaky runs that were reported after the leak began; false
 alarms are reports in clean runs, and in leaky ones before it began; in time means 32 or more steps
-before the leak fills the card.
+before the leak fills the card, of those that take 128 steps or more to do so.
 """
 
 from __future__ import annotations

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import random
 from dataclasses import dataclass
-from functools import cache
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from gpu_checks.quantized import to_nf4
+from gpu_checks.text import cut, tokenizer
 from oomguard import CheckpointActivations, HalveSequence, Ladder, SplitBatch
 
 if TYPE_CHECKING:
@@ -108,6 +99,10 @@ class Job:
     def steps(self) -> int:
         """Optimizer steps."""
         return len(self.batches) // self.accumulation
+
+    def build(self, folder: Path, callbacks: list[TrainerCallback]) -> CheckedTrainer:
+        """See `build_trainer`."""
+        return build_trainer(self, folder, callbacks)
 
 
 @dataclass(frozen=True)
@@ -221,12 +216,12 @@ class CheckedTrainer(SFTTrainer):
 def build_trainer(job: Job, folder: Path, callbacks: list[TrainerCallback]) -> CheckedTrainer:
     """A trainer of `job` with a fresh model; the same weights every time."""
     vocabulary = 512 if job.on_cpu else 8192
-    rows = _cut(vocabulary, [length for batch in job.batches for length in batch])
+    rows = cut(vocabulary, [length for batch in job.batches for length in batch])
     trainer = CheckedTrainer(
-        model=_model(job),
+        model=model(job),
         args=_arguments(job, folder),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=_tokenizer(vocabulary),
+        processing_class=tokenizer(vocabulary),
         peft_config=_adapters(job.rank) if job.lora else None,
         callbacks=callbacks,
     )
@@ -262,7 +257,8 @@ def _adapters(rank: int) -> LoraConfig:
     )
 
 
-def _model(job: Job) -> Any:
+def model(job: Job) -> Any:
+    """The model of `job` on its device; the same weights every time."""
     config = LlamaConfig(
         **job.model,
         pad_token_id=0,
@@ -275,33 +271,3 @@ def _model(job: Job) -> Any:
     with torch.device("cpu" if job.on_cpu else "cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=compute)
     return to_nf4(model, compute) if job.load == "nf4" else model
-
-
-@cache
-def _text() -> str:
-    """The topics of Python's language reference, which come with every Python."""
-    topics: dict[str, str] = pydoc_data.topics.topics
-    return "\n\n".join(topics.values())
-
-
-@cache
-def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<pad>", "<eos>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False
-    )
-    bpe.train_from_iterator(_text().split("\n"), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
-
-
-@cache
-def _tokens(vocabulary: int) -> tuple[int, ...]:
-    return tuple(_tokenizer(vocabulary)(_text())["input_ids"])
-
-
-def _cut(vocabulary: int, lengths: list[int]) -> list[list[int]]:
-    """One piece of the text after another; from its start again when it ends."""
-    source = cycle(_tokens(vocabulary))
-    return [list(islice(source, length)) for length in lengths]

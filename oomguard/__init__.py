@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oomguard.diagnosis.diagnose import diagnose
+    from oomguard.diagnosis.finding import Diagnosis, Finding
     from oomguard.errors import (
         ConfigurationError,
         LadderExhaustedError,
@@ -34,7 +36,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
@@ -54,6 +58,7 @@ __all__ = [
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
+    "diagnose",
     "fit",
 ]
 
@@ -68,6 +73,8 @@ _MODULES = (
     "rungs",
     "watch.leak",
     "watch.reporter",
+    "diagnosis.finding",
+    "diagnosis.diagnose",
 )
 
 

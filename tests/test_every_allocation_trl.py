@@ -12,15 +12,10 @@ from oomguard.ladder import Ladder
 from oomguard.rungs import SplitBatch
 from oomguard.testing import VirtualCard
 from tests import tiny
+from tests.allocations import NEVER_SPENT
 from tests.preferences import dpo
 from tests.sampling import grpo
-from tests.test_every_allocation import (
-    NEVER_SPENT,
-    PHASES,
-    Step,
-    faults_that_show,
-    without_faults,
-)
+from tests.test_every_allocation import PARTS, PHASES, Step, faults_that_show, without_faults
 from tests.test_sampling import CLOSE
 from tests.twin import Build, beyond, differences, run
 
@@ -87,10 +82,14 @@ def test_any_allocation_of_forward_and_backward_may_fail_and_split_the_batch(kin
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("kind", BUILDS)
-def test_every_allocation_may_fail(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    every = range(1, step(kind).allocations + 1)
+def test_every_allocation_may_fail(
+    kind: str, part: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = step(kind).allocations
+    every = range(1 + part, count + 1, PARTS)
     found = faults_that_show(step(kind), [(k,) for k in every], "default")
     with capsys.disabled():
-        print(f"\n{len(every)} allocations failed one by one: {Counter(step(kind).phases)}")
+        print(f"\n{len(every)} of {count} allocations failed: {Counter(step(kind).phases)}")
     assert not found

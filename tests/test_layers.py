@@ -45,6 +45,7 @@ LAYERS = (
     "guard",
     "guarded_train",
     "under_guard",
+    "diagnosis",
     "supervise",
     "doctor_trial",
     "doctor",

@@ -110,6 +110,7 @@ def test_every_log_line_of_a_step_has_the_readings_wherever_it_goes(tmp_path: Pa
     trainer = make(tmp_path, heard, Spike(), logging_steps=2, eval_strategy="steps", eval_steps=3)
     trainer.add_callback(oomguard.VRAMReporter())
     with VirtualCard("1GiB"):
+        torch.zeros(600 * MIB, dtype=torch.uint8)  # before training: the peak of no step
         trainer.train()
     rows = [row for row in Series.load(tmp_path / FILE_NAME).readings if row.phase == "train"]
     lines = [line for line in heard.lines if "loss" in line]
@@ -127,7 +128,7 @@ def test_every_log_line_of_a_step_has_the_readings_wherever_it_goes(tmp_path: Pa
         "vram/batch_tokens",
         "vram/host_rss_gib",
     }
-    assert lines[0]["vram/peak_allocated_gib"] > 2 * lines[1]["vram/peak_allocated_gib"]
+    assert 0.5 > lines[0]["vram/peak_allocated_gib"] > 2 * lines[1]["vram/peak_allocated_gib"]
     history = [line for line in trainer.state.log_history if "loss" in line]
     assert [vram(line) for line in history] == [vram(line) for line in lines]
     assert [vram(line) for line in heard.lines if "loss" not in line] == [{}] * 3

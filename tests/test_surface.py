@@ -10,7 +10,9 @@ from oomguard.testing import VirtualCard
 SURFACE = (
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
@@ -30,12 +32,15 @@ SURFACE = (
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
+    "diagnose",
     "fit",
 )
 
 COMMANDS = {
     "": {"--version"},
+    "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
+    "report": {"run_dir", "--html", "--png", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 

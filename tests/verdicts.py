@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.series import Run
 
 IN_TIME = 32  # steps before the card is full
+SUDDEN = 128  # steps from the first leak to a full card: too few to ask for a warning
 
 
 class Rule(Protocol):
@@ -45,7 +46,7 @@ class Score:
         found: Leaky runs that were reported.
         leaky: Leaky runs.
         in_time: Runs reported 32 or more steps before the leak filled the card.
-        filled: Runs whose leak filled the card.
+        filled: Runs whose leak filled the card, but not within 128 steps.
         alarms: False alarms.
         harmless_steps: Steps in which an alarm is false.
         alarmed: Clean runs with an alarm.
@@ -83,7 +84,7 @@ class Score:
         self.leaky += 1
         self.found += bool(after)
         self.wrong[run.family] += not after
-        if run.full is not None:
+        if run.full is not None and run.full - onset >= SUDDEN:
             self.filled += 1
             self.in_time += bool(after) and after[0] <= run.full - IN_TIME
 

@@ -57,6 +57,49 @@ def _driver_version() -> str | None:
     return None
 
 
+def capability(index: int | None = None) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, of the current one by default; `None` without."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def expandable_segments() -> bool | None:
+    """Whether the allocator holds expandable segments; `None` before it holds any."""
+    segments = torch.cuda.memory_snapshot() if torch.cuda.is_initialized() else []
+    return any(segment["is_expandable"] for segment in segments) if segments else None
+
+
+def others_bytes(index: int | None = None) -> int | None:
+    """What other processes hold of a CUDA device; `None` where the driver does not tell.
+
+    In a container the driver may know this process by another number than `os.getpid` gives: then
+    its share cannot be told from theirs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            uuid = torch.cuda.get_device_properties(
+                torch.cuda.current_device() if index is None else index
+            ).uuid
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            held = {
+                process.pid: process.usedGpuMemory
+                for read in (
+                    pynvml.nvmlDeviceGetComputeRunningProcesses,
+                    pynvml.nvmlDeviceGetGraphicsRunningProcesses,
+                )
+                for process in read(handle)
+            }
+        finally:
+            pynvml.nvmlShutdown()
+        own = held.pop(os.getpid(), None)
+        if None in held.values() or (own is None and torch.cuda.is_initialized() and held):
+            return None
+        return int(sum(held.values()))
+    return None
+
+
 def release_cached() -> None:
     """Collect reference cycles and give the allocator's unused blocks back to the device."""
     gc.collect()

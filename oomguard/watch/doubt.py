@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 LONG = 1024  # steps of growth that are said whatever is free
 LASTING = 512  # steps of growth that are said once they were seen again some steps later
 HELD = 0.625  # so much of the span later
+CLEAR = 50.0  # standard deviations of a rise as straight as a line
+HELD_CLEAR = 0.125  # how much later that must be seen again
 PRESSING = 2  # spans like this one until the card is full: said at once
-SOON = 8  # spans until the card is full: said once seen again
+SOON = 16  # spans until the card is full: said once seen again
 SHORTEST_HELD = 128
 REMEMBERED = 8  # spans before a short one that are searched for earlier heights
 NEW_HIGH = 0.25  # of the rise must lie above them
@@ -84,6 +86,8 @@ class Doubt:
         if step - last > span // 4:
             first = step
         self._seen[span] = first, step
-        if span < SHORTEST_HELD or step - first < HELD * span:
+        lasts = span >= LASTING
+        held = HELD_CLEAR if lasts and growth.clarity >= CLEAR else HELD
+        if span < SHORTEST_HELD or step - first < held * span:
             return False
-        return span >= LASTING or room is None or room <= SOON * growth.gained
+        return lasts or room is None or room <= SOON * growth.gained

@@ -49,7 +49,7 @@ class Phases:
         self._open: dict[str, _Phase] = {}
         self._splits: dict[str, tuple[str, ...]] = {}
 
-    def names(self, event: str) -> tuple[str, ...]:
+    def names(self, event: str | None) -> tuple[str, ...]:
         """The phases that an event joins with `"+"`, without the training step itself."""
         if not isinstance(event, str):
             return ()

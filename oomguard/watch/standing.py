@@ -13,6 +13,7 @@ SHORTEST_FOLLOWED = 256
 STOPPED = 0.2  # of the reported pace: less is no growth any more
 GREW = 1.5
 FELL = 0.3  # of the reported growth: what is left after a fall that takes the rest
+LATE = 0.25  # of the span: the last readings, of which the lowest is the floor
 CHECKS = 2  # looks in a row, half a span apart, that must find growth stopped
 
 
@@ -35,6 +36,7 @@ class Standing:
         base: The floor when it began.
         seen: The step of the last look.
         grown: Bytes up to then.
+        paced: The same, as the sum of the paces.
         idle: Looks in a row that found no growth.
     """
 
@@ -43,6 +45,7 @@ class Standing:
     base: float
     seen: int
     grown: float
+    paced: float
     idle: int = 0
 
     def fell(self, step: int, highest: float) -> Creep | None:
@@ -52,10 +55,20 @@ class Standing:
         self.grown = max(highest - self.base, 0.0)
         return self._now(step, withdrawn=True)
 
-    def look(self, step: int, pace: Pace, headroom: float | None) -> Creep | None:
-        """What is new, given the pace of the last `span` steps."""
+    def look(self, step: int, pace: Pace, lowest: float, headroom: float | None) -> Creep | None:
+        """What is new.
+
+        Args:
+            step: Now.
+            pace: Of the last `span` steps, without what the batches explain.
+            lowest: The lowest of the last readings, with what they explain.
+            headroom: As for `full_range`.
+        """
         self.idle = self.idle + 1 if pace.per_step < STOPPED * self.creep.bytes_per_step else 0
-        self.grown += pace.per_step * (step - self.seen)
+        self.paced += pace.per_step * (step - self.seen)
+        # A pace over teeth adds up to more than is there, a level takes longer batches for growth.
+        level = lowest - self.base + max(pace.per_step, 0.0) * self.span * LATE
+        self.grown = max(min(self.paced, level), 0.0)
         self.seen = step
         if self.idle >= CHECKS:
             return self._now(step, withdrawn=True)

@@ -11,7 +11,7 @@ from oomguard.watch.creep import Creep
 from oomguard.watch.doubt import LONG, Doubt
 from oomguard.watch.phases import Phases
 from oomguard.watch.spans import Growth, Pace, hinge, judge, pace, without_batches
-from oomguard.watch.standing import SHORTEST_FOLLOWED, Standing, full_range
+from oomguard.watch.standing import LATE, SHORTEST_FOLLOWED, Standing, full_range
 from oomguard.watch.window import CHUNK, Readings
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class CreepDetector:
             self._tokens = tokens
         headroom = _number(headroom_bytes)
         self._allocated = allocated
-        names = self._phases.names(event) if event else ()
+        names = self._phases.names(event)
         if self._step <= self._warmup_steps or PROFILER in names:
             return None
         unaccounted = allocated - self._accounted
@@ -200,7 +200,12 @@ class CreepDetector:
         )
         followed = next((s for s in SPANS if s >= max(span, SHORTEST_FOLLOWED)), SPANS[-1])
         self._standing = Standing(
-            creep, span=followed, base=self._base(since), seen=self._step, grown=gained
+            creep,
+            span=followed,
+            base=self._base(since),
+            seen=self._step,
+            grown=gained,
+            paced=gained,
         )
         return creep
 
@@ -213,7 +218,9 @@ class CreepDetector:
                 return None
             _, values, batches = self._readings.view(standing.span)
             now = pace(values, batches, standing.span)
-            creep = standing.look(self._step, now, self._readings.headroom)
+            late = max(int(standing.span * LATE) // CHUNK, SETTLED)
+            lowest = float(self._readings.means.last(late)[1].min())
+            creep = standing.look(self._step, now, lowest, self._readings.headroom)
         if creep is not None and creep.withdrawn:
             if creep.bytes_so_far < standing.creep.bytes_so_far:
                 fallen = float(standing.creep.bytes_so_far)
