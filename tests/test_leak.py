@@ -7,8 +7,9 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -179,6 +180,35 @@ def test_a_recovery_of_the_guard_is_no_leak(tmp_path: Path) -> None:
         report = oomguard.fit(trainer)
     assert len(report.recoveries) == 2
     assert detector.findings == []
+
+
+def one_token_less(plan: oomguard.Plan, event: oomguard.OOMEvent) -> oomguard.Plan:
+    """A rung that can always be taken once more."""
+    return replace(plan, max_pass_tokens=(plan.max_pass_tokens or 512) - 1)
+
+
+@pytest.mark.slow
+def test_what_every_recovery_leaves_is_put_down_to_the_recoveries(tmp_path: Path) -> None:
+    class Failures:
+        kept: ClassVar[list[torch.Tensor]] = []
+
+    class Notes(InOrder):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            try:
+                return super().training_step(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                Failures.kept.append(torch.ones(512, 1024))
+                raise
+
+    detector = oomguard.LeakDetector()
+    trainer = trainer_of(tmp_path, trainer_class=Notes, callbacks=[detector])
+    with VirtualCard(64 * 2**20, fail_at=range(1000, 9000, 700)):
+        report = oomguard.fit(trainer, ladder=oomguard.Ladder(one_token_less))
+    assert len(report.recoveries) > 8
+    (finding,) = detector.findings
+    assert finding.phase == "recovery"
+    assert str(finding.holder).startswith("Failures.kept > list[")
+    assert "with every recovery" in finding.message
 
 
 def test_without_a_card_it_watches_the_host(tmp_path: Path) -> None:

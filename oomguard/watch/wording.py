@@ -136,10 +136,8 @@ def _holding(holding: Holding, apart_steps: int | None) -> str:
 
 
 def _advice(conclusion: Conclusion) -> str:
-    if conclusion.creep.phase == "recovery":
-        return _ADVICE_RECOVERY
     if not conclusion.holdings:
-        return _ADVICE_UNKNOWN
+        return _ADVICE_RECOVERY if conclusion.creep.phase == "recovery" else _ADVICE_UNKNOWN
     return holding_advice(conclusion.holdings[0])
 
 
