@@ -173,6 +173,29 @@ def test_what_fails_is_told_once_and_training_goes_on(
     ]
 
 
+def test_an_alarm_is_told_although_its_holder_cannot_be_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(list[torch.Tensor]):
+        def __iter__(self) -> Any:
+            msg = "not now"
+            raise RuntimeError(msg)
+
+    class Keeps(InOrder):
+        def keep(self, loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
+            self.__dict__.setdefault("kept", Odd()).append(outputs["hidden"].detach())
+
+    detector = oomguard.LeakDetector()
+    with caplog.at_level(logging.WARNING, "oomguard"):
+        train(trainer_of(tmp_path, trainer_class=Keeps, callbacks=[detector]))
+    (finding,) = detector.findings
+    assert (finding.kind, finding.holder) == ("leak", None)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "LeakDetector does not say what holds the memory",
+        finding.message.partition(":")[0],
+    ]
+
+
 def test_a_recovery_of_the_guard_is_no_leak(tmp_path: Path) -> None:
     detector = oomguard.LeakDetector()
     trainer = trainer_of(tmp_path, model=Tiny(), callbacks=[detector], max_steps=40)

@@ -177,9 +177,9 @@ def _name_in(names: Mapping[str, Any], value: Any) -> str | None:
     return next((name for name, entry in list(names.items()) if entry is value), None)
 
 
-def _key_in(mapping: Mapping[Any, Any], value: Any) -> str:
+def _key_in(mapping: dict[Any, Any], value: Any) -> str:
     """The key of a value, as text where that is short and runs no code of others."""
-    for key, entry in list(mapping.items()):
+    for key, entry in list(dict.items(mapping)):  # past what a subclass makes of it
         if entry is value:
             parts = key if type(key) is tuple else (key,)
             if not all(type(part) in _PLAIN for part in parts):

@@ -13,6 +13,7 @@ from oomguard.watch import live
 from oomguard.watch.account import account
 from oomguard.watch.batch import TokenCount
 from oomguard.watch.inquiry import Conclusion, Inquiry
+from oomguard.watch.quiet import Quiet
 from oomguard.watch.readings import (
     Meter,
     Reading,
@@ -57,6 +58,7 @@ class Vigil:
         self._symptoms = Symptoms(step)
         self._inquiry: Inquiry | None = None
         self._concluded: dict[str, Conclusion] = {}
+        self._asks = Quiet("LeakDetector does not say what holds the memory")
         self._accounted: tuple[int, int] | None = None  # states and step of the last account
         self._step_began: float | None = None
         self._host_room: tuple[float, int] = (0.0, 0)
@@ -102,8 +104,11 @@ class Vigil:
         if reading.device_used_bytes is not None:
             yield from self._symptoms.look(reading, _room(reading), step_s, event)
         if self._inquiry is not None:
-            self._inquiry.look(step, events)
-            if self._inquiry.is_over:
+            over = True
+            with self._asks:
+                self._inquiry.look(step, events)
+                over = self._inquiry.is_over
+            if over:
                 yield self._conclude(self._inquiry, step)
 
     def end(self, step: int) -> Iterator[Finding]:
@@ -139,15 +144,22 @@ class Vigil:
                 yield replace(finding, withdrawn=True)
                 del self._concluded[creep.phase]
         elif concluded is not None:
-            self._concluded[creep.phase] = again = replace(concluded, creep=creep)
-            yield tell(again, reading.step, self._memory)
+            yield self._told(replace(concluded, creep=creep), reading.step)
         elif self._inquiry is None:
             record = self._record if self._records else None
-            self._inquiry = Inquiry(creep, reading.step, self._device_type, _read_bytes, record)
+            with self._asks:
+                self._inquiry = Inquiry(creep, reading.step, self._device_type, _read_bytes, record)
+            if self._inquiry is None:
+                yield self._told(Conclusion(creep), reading.step)
 
     def _conclude(self, inquiry: Inquiry, step: int) -> Finding:
         self._inquiry = None
-        conclusion = inquiry.conclude()
+        conclusion = Conclusion(inquiry.creep)
+        with self._asks:
+            conclusion = inquiry.conclude()
+        return self._told(conclusion, step)
+
+    def _told(self, conclusion: Conclusion, step: int) -> Finding:
         self._concluded[conclusion.creep.phase] = conclusion
         return tell(conclusion, step, self._memory)
 
