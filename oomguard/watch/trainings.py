@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from oomguard.memory import cards
 from oomguard.memory.size import format_bytes
 from oomguard.watch.census import Census
 from oomguard.watch.findings import Finding
@@ -29,7 +30,7 @@ class Trainings:
 
     def __init__(self) -> None:
         self._floors: list[int] = []
-        self._device_type: str | None = None
+        self._where: tuple[str, int] | None = None
 
     def begin(
         self, device_type: str, read_bytes: Callable[[], int], least_bytes: int
@@ -44,8 +45,9 @@ class Trainings:
         Returns:
             A finding, where the last two trainings have left about as much.
         """
-        if device_type != self._device_type:
-            self._device_type, self._floors = device_type, []
+        where = device_type, id(cards.current())
+        if where != self._where:
+            self._where, self._floors = where, []
             self._census = Census(device_type)
         if self._floors:
             gc.collect()  # trainers are full of reference cycles
