@@ -45,6 +45,7 @@ def train(folder: Path) -> None:
         save_total_limit=1,
         learning_rate=1e-3,
     )
+    trainer.add_callback(oomguard.LeakDetector())
     with VirtualCard(capacity_bytes=CARD) as card:
         card.track(trainer.model)
         oomguard.fit(trainer, ladder="exact_first")

@@ -71,7 +71,7 @@ def opened(page: Path, *flags: str) -> Seen:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     return Seen(done.stdout, _CONSOLE.findall(done.stderr), _asked(log))

@@ -93,8 +93,8 @@ def test_the_page_tells_what_happened(shown: Page) -> None:
             "12 backward 8 x 2048 1.50 GiB 512.00 MiB CheckpointActivations exact",
             "HalveSequence -",
         ),
-        *("Leak Allocated memory grows", "held by Losses.kept > list[20 of 40]"),
-        *("card full at step 2,400 to 2,600", "Keep loss.item()", "NVIDIA Test Card", "torch"),
+        *("Findings 1 leak", "Leak Allocated memory grows", "What to do: Keep loss.item()"),
+        *("NVIDIA Test Card", "torch"),
         *("training 11.51 GiB 12 12.01 GiB", "evaluation 6.00 GiB 10", "optimizer 512.00 MiB"),
     ):
         assert part in shown.text, part
@@ -192,7 +192,16 @@ def test_watched_and_quiet_is_not_the_same_as_not_watched(tmp_path: Path) -> Non
 
 def test_what_was_taken_back_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", findings=[replace(LEAK, withdrawn=True)])
-    assert "Leak (taken back)" in Page(page(Run.read(folder))).text
+    text = Page(page(Run.read(folder))).text
+    assert "Leak (taken back)" in text
+    assert "Findings 1" not in text
+
+
+def test_advice_that_the_message_gives_is_not_given_twice(tmp_path: Path) -> None:
+    advice = "keep loss.item()"
+    finding = replace(LEAK, message=f"It grows. What to do: {advice}.", advice=advice)
+    folder = write_run(tmp_path / "run", findings=[finding])
+    assert Page(page(Run.read(folder))).text.count(advice) == 1
 
 
 @pytest.mark.parametrize("name", ["oomguard_vram.parquet", "oomguard_findings.json"])

@@ -147,6 +147,7 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
 
 def test_a_real_run_is_shown_as_it_was(tmp_path: Path) -> None:
     trainer: Any = tiny.sft_trainer(tmp_path / "real", max_steps=3)
+    trainer.add_callback(oomguard.LeakDetector())
     with VirtualCard(fail_at=900) as card:
         card.track(trainer.model)
         own = oomguard.fit(trainer, ladder="exact_first")
@@ -155,6 +156,7 @@ def test_a_real_run_is_shown_as_it_was(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "memory: " in done.stdout
     html = (tmp_path / "real" / "oomguard.html").read_text("utf-8")
+    assert "Watched, and nothing was found." in html
     for part in ("allocated, peak", '"name":"recovery"', "SFTConfig(", own.versions["torch"]):
         assert part in html
     assert own.to_html() == Report.load(tmp_path / "real" / "oomguard.json").to_html()

@@ -61,6 +61,12 @@ def test_what_was_taken_back_or_has_no_rate_is_not_drawn(run: Run) -> None:
         assert "growth" not in traces(replace(run, findings=(finding,)))
 
 
+def test_what_grows_beside_the_tensors_is_no_line_on_theirs(run: Run) -> None:
+    for finding in (replace(LEAK, kind="outside"), replace(LEAK, kind="neighbour")):
+        assert "growth" not in traces(replace(run, findings=(finding,)))
+    assert "growth" in traces(replace(run, findings=(replace(LEAK, kind="cycles"),)))
+
+
 def test_growth_since_a_step_after_the_last_reading_is_not_drawn(run: Run) -> None:
     assert "growth" not in traces(replace(run, findings=(replace(LEAK, since_step=99),)))
 

@@ -42,6 +42,10 @@ def overview(run: Run) -> dict[str, Any]:
     if peak is not None:
         card = "" if run.card_bytes is None else f"of {format_bytes(run.card_bytes)} on the card"
         figures.append(Figure("Peak allocated", format_bytes(peak), card))
+    standing = [finding for finding in run.findings or () if not finding.withdrawn]
+    if standing:
+        kinds = dict.fromkeys(_KINDS[finding.kind].lower() for finding in standing)
+        figures.append(Figure("Findings", str(len(standing)), ", ".join(kinds)))
     output = report.train_output
     if output is not None:
         note = f"training loss {output.training_loss:.4g}"
@@ -128,21 +132,10 @@ def growth(run: Run) -> dict[str, Any]:
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
-    rate = finding.bytes_per_step
-    full = finding.full_at_step
-    facts = {
-        "a step": rate and format_bytes(round(rate)),
-        "so far": finding.bytes_so_far and format_bytes(finding.bytes_so_far),
-        "since step": finding.since_step,
-        "in phase": finding.phase,
-        "card full at step": full and f"{full[0]:,} to {full[1]:,}",
-        "held by": finding.holder,
-    }
     advice = finding.advice or ""
     return {
         "title": _KINDS[finding.kind] + (" (taken back)" if finding.withdrawn else ""),
         "message": finding.message,
-        "facts": "; ".join(f"{name} {value}" for name, value in facts.items() if value),
         "advice": "" if advice in finding.message else advice,
         "stacks": finding.stacks,
         "withdrawn": finding.withdrawn,

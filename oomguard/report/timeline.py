@@ -39,6 +39,7 @@ DARK = {
     "second": "#8a94a6",
     "warning": "#ffb07c",
 }
+_OF_TENSORS = {"leak", "cycles"}  # what else grows is not among the allocated bytes
 _HIDDEN = {"device_used_bytes", "host_rss_bytes"}  # until they are asked for
 _SMALL = {"size": 13, "color": "var(--muted)"}
 _GIB, _MIB = 2**30, 2**20
@@ -136,7 +137,9 @@ def _growth(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
     """What a finding says, as a line from the step since which memory grows."""
     steps, allocated = run.column("step"), run.column("allocated_bytes")
     for finding in run.findings or ():
-        if not finding.bytes_per_step or finding.since_step is None or finding.withdrawn:
+        if finding.kind not in _OF_TENSORS or finding.withdrawn:
+            continue
+        if not finding.bytes_per_step or finding.since_step is None:
             continue
         later = (
             size
