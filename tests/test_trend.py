@@ -139,6 +139,14 @@ def test_the_card_is_full_within_the_range_told() -> None:
     assert told.steps < full // 2
 
 
+def test_a_few_kilobytes_a_step_are_found_in_a_long_run() -> None:
+    values = ramp(70_000, 3000)
+    (step, creep), *more = found(values, headroom_bytes=40 * GIB)
+    assert step < 20_000
+    assert creep.bytes_per_step == pytest.approx(3000, rel=0.01)
+    assert not any(later.withdrawn for _, later in more)
+
+
 @pytest.mark.parametrize("phase", ["eval", "save", "recovery", "on_log"])
 def test_growth_is_put_down_to_the_phase_that_leaves_it(phase: str) -> None:
     detector, creeps, held = CreepDetector(), [], 4 * GIB
