@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -229,6 +231,11 @@ def test_odd_readings_raise_nothing(odd: list[tuple[Any, Any, Any, Any, str]]) -
 def test_limits_that_mean_nothing_are_refused(given_: dict[str, int]) -> None:
     with pytest.raises(ConfigurationError, match="min_bytes"):
         CreepDetector(**given_)
+
+
+def test_the_detector_does_without_torch() -> None:
+    code = "import sys, oomguard.watch.trend; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 - the text is our own
 
 
 def test_a_finding_cannot_be_changed() -> None:
