@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -139,6 +141,14 @@ def test_the_card_is_full_within_the_range_told() -> None:
     assert told.steps < full // 2
 
 
+def test_a_few_kilobytes_a_step_are_found_in_a_long_run() -> None:
+    values = ramp(70_000, 3000)
+    (step, creep), *more = found(values, headroom_bytes=40 * GIB)
+    assert step < 20_000
+    assert creep.bytes_per_step == pytest.approx(3000, rel=0.01)
+    assert not any(later.withdrawn for _, later in more)
+
+
 @pytest.mark.parametrize("phase", ["eval", "save", "recovery", "on_log"])
 def test_growth_is_put_down_to_the_phase_that_leaves_it(phase: str) -> None:
     detector, creeps, held = CreepDetector(), [], 4 * GIB
@@ -223,6 +233,11 @@ def test_limits_that_mean_nothing_are_refused(given_: dict[str, int]) -> None:
         CreepDetector(**given_)
 
 
+def test_the_detector_does_without_torch() -> None:
+    code = "import sys, oomguard.watch.trend; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 - the text is our own
+
+
 def test_a_finding_cannot_be_changed() -> None:
     (_, creep), *_ = found(ramp(600, MIB))
     with pytest.raises(FrozenInstanceError):
@@ -241,7 +256,7 @@ def test_a_sample_of_made_up_runs_is_told_apart() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "false_alarms", "clean_alarmed"),
-    [(series.tuned, 0.1, 0.02), (series.held_out, 0.2, 0.05)],
+    [(series.tuned, 0.15, 0.035), (series.held_out, 0.2, 0.05)],
 )
 def test_made_up_runs_are_told_apart(
     family: Callable[[int, int], Iterable[series.Run]], false_alarms: float, clean_alarmed: float

@@ -21,6 +21,7 @@ CLEAR = 50.0  # standard deviations of a rise as straight as a line
 HELD_CLEAR = 0.125  # how much later that must be seen again
 PRESSING = 2  # spans like this one until the card is full: said at once
 SOON = 16  # spans until the card is full: said once seen again
+EARLY = 512  # steps of a run in which half of that holds: it may still be warming up
 SHORTEST_HELD = 128
 REMEMBERED = 8  # spans before a short one that are searched for earlier heights
 NEW_HIGH = 0.25  # of the rise must lie above them
@@ -90,4 +91,5 @@ class Doubt:
         held = HELD_CLEAR if lasts and growth.clarity >= CLEAR else HELD
         if span < SHORTEST_HELD or step - first < held * span:
             return False
-        return lasts or room is None or room <= SOON * growth.gained
+        soon = SOON if step > EARLY else SOON / 2
+        return lasts or room is None or room <= soon * growth.gained

@@ -22,7 +22,7 @@ def full_range(step: int, headroom: float | None, pace: Pace) -> tuple[int, int]
     if headroom is None:
         return None
     room = max(headroom, 0.0)
-    slow = max(pace.low, pace.per_step / 4)
+    slow = max(min(pace.low, pace.per_step), pace.per_step / 4)
     return step + int(room / max(pace.high, pace.per_step)), step + int(room / slow)
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from oomguard.errors import ConfigurationError
 from oomguard.watch.creep import Creep
 from oomguard.watch.doubt import LONG, Doubt
 from oomguard.watch.phases import Phases
@@ -63,6 +62,9 @@ class CreepDetector:
             ConfigurationError: `min_bytes` is below 1 or `warmup_steps` below 0.
         """
         if min_bytes < 1 or warmup_steps < 0:
+            # Imports torch, which the detector does without.
+            from oomguard.errors import ConfigurationError
+
             msg = (
                 f"min_bytes={min_bytes} and warmup_steps={warmup_steps}: growth of nothing is "
                 "none, and no fewer than 0 steps can be left out. Give min_bytes=1 or more and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,8 @@ class Readings:
         self._longest = max(self._longest, tokens)
         if len(self._sizes) <= MOST_SIZES:
             self._sizes.add(tokens)
-        if headroom is not None and (self._tightest is None or headroom < self._tightest):
+        # Where nothing was free the step failed; what came after it tells how much there is.
+        if headroom is not None and 0 < headroom < (self._tightest or math.inf):
             self._tightest = headroom
         self._waiting.append((step, unaccounted, tokens, self._longest, len(self._sizes)))
         if len(self._waiting) < CHUNK:
