@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import oomguard
-from oomguard.memory import cards
+from oomguard.memory import simulated
 from oomguard.testing import VirtualCard
 from oomguard.watch.findings import FILE_NAME, Finding, load_findings, save_findings
 from tests.leaks.runs import CAPACITY_BYTES, InOrder, Tiny, trainer_of
@@ -159,12 +159,12 @@ def test_what_fails_is_told_once_and_training_goes_on(
     (tmp_path / FILE_NAME).mkdir()
     trainer = trainer_of(tmp_path, callbacks=[oomguard.LeakDetector()], max_steps=4)
     card = Broken()
-    cards.enter(card)
+    simulated.enter(card)
     try:
         with caplog.at_level(logging.WARNING, "oomguard"):
             trainer.train()
     finally:
-        cards.leave(card)
+        simulated.leave(card)
     assert trainer.state.global_step == 4
     told = [record.getMessage().partition(":")[0] for record in caplog.records]
     assert told == [

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import oomguard
 from oomguard.ladder import Ladder
-from oomguard.memory import cards
+from oomguard.memory import simulated
 from oomguard.testing import VirtualCard
 from oomguard.watch.recorder import VRAMRecorder
 from oomguard.watch.reporter import logged
@@ -362,12 +362,12 @@ def test_memory_that_cannot_be_read_is_told_once_and_training_goes_on(
     trainer, plain = make(tmp_path, oomguard.VRAMReporter()), make(tmp_path)
     plain.train()
     card = Broken()
-    cards.enter(card)
+    simulated.enter(card)
     try:
         with caplog.at_level(logging.WARNING, "oomguard"):
             trainer.train()
     finally:
-        cards.leave(card)
+        simulated.leave(card)
     told = sorted(record.getMessage() for record in caplog.records)
     assert [text.partition(":")[0] for text in told] == [
         "VRAMReporter does not read memory",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from oomguard.memory import cards, device, host
+from oomguard.memory import device, host, simulated
 from oomguard.watch import live
 from oomguard.watch.account import account
 from oomguard.watch.batch import TokenCount
@@ -62,7 +62,7 @@ class Vigil:
         self._accounted: tuple[int, int] | None = None  # states and step of the last account
         self._step_began: float | None = None
         self._host_room: tuple[float, int] = (0.0, 0)
-        on_gpu = cards.current() is None and device.current_name() is not None
+        on_gpu = simulated.current() is None and device.current_name() is not None
         self._device_type = "cuda" if on_gpu else "cpu"
         self._records = record_history and on_gpu
         self._recorder = _recorder()
@@ -174,7 +174,7 @@ class Vigil:
 
     def _headroom(self, reading: Reading) -> int | None:
         """What is free at a step's peak."""
-        card = cards.current()
+        card = simulated.current()
         if card is not None:
             total = card.capacity_bytes
             return None if total is None else total - card.peak_bytes
@@ -197,7 +197,7 @@ class Vigil:
 
     @property
     def _memory(self) -> str:
-        if cards.current() is not None:
+        if simulated.current() is not None:
             return "The virtual card's memory"
         return "GPU memory" if self._device_type == "cuda" else "Host memory"
 
