@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from oomguard.memory import cards
+from oomguard.memory import simulated
 from oomguard.memory.size import format_bytes
 from oomguard.watch.census import Census
 from oomguard.watch.findings import Finding
@@ -45,7 +45,7 @@ class Trainings:
         Returns:
             A finding, where the last two trainings have left about as much.
         """
-        where = device_type, id(cards.current())
+        where = device_type, id(simulated.current())
         if where != self._where:
             self._where, self._floors = where, []
             self._census = Census(device_type)
