@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.watch.leak import LeakDetector
     from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "OOMEvent",
@@ -73,6 +75,7 @@ _MODULES = (
     "report",
     "rung",
     "rungs",
+    "watch.leak",
     "watch.reporter",
     "diagnosis.finding",
     "diagnosis.diagnose",

@@ -268,3 +268,29 @@ def doctor(json_: Json = False) -> None:
 
         Console().print(findings)
     raise typer.Exit(0 if findings.healthy else 1)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The trainer's output_dir.")],
+    *,
+    html: Annotated[
+        Path | None, typer.Option(help="Where the page goes instead of RUN_DIR/oomguard.html.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the timeline there as a PNG too.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show what happened to a run, and write it as one HTML file that needs no network."""
+    from oomguard.report.command import write
+
+    try:
+        written = write(run_dir, html, png)
+    except (oomguard.OomguardError, OSError) as error:
+        sys.stderr.write(f"oomguard: {' '.join(str(error).split())}\n")
+        raise typer.Exit(2) from error
+    if json_:
+        sys.stdout.write(json.dumps(written.to_dict(), indent=2, default=str) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(written)

@@ -17,7 +17,7 @@ from oomguard import jump, rng
 from oomguard.errors import ConfigurationError
 from oomguard.levers.activations import base_model
 from oomguard.levers.trl_losses import trl_class
-from oomguard.memory import device, entered
+from oomguard.memory import device, simulated
 from oomguard.memory.cards import HOST, Card
 from oomguard.memory.size import format_bytes
 from oomguard.prediction import closed_form
@@ -62,7 +62,7 @@ class Forecast:
 
     def warn(self, plan: Plan) -> None:
         """Log how much is missing where a training under `plan` is estimated not to fit."""
-        card = entered.current()
+        card = simulated.current()
         room = device.room_bytes() if card is None else card.capacity_bytes
         if room is None:
             return

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import (
 )
 
 from oomguard.errors import ConfigurationError
-from oomguard.memory import entered
+from oomguard.memory import simulated
 from oomguard.memory.size import format_bytes, parse_bytes
 from oomguard.memory.storages import owned_tensors, storages
 
@@ -162,12 +162,12 @@ class VirtualCard(TorchDispatchMode):
         self._state = "entered"
         self._pid = os.getpid()
         super().__enter__()
-        entered.enter(self)
+        simulated.enter(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)
-        entered.leave(self)
+        simulated.leave(self)
         self._state = "left"
         self._held.clear()  # the weak references go, and their callbacks with them
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,8 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     ),
     "_indices": lambda: torch.eye(2).to_sparse()._indices().shape == (2, 2),
     "_gradient_checkpointing_func": lambda: checkpoints_by_partial(),
+    "_current_frames": lambda: inspect.currentframe() in sys._current_frames().values(),
+    "_is_profiler_enabled": lambda: is_told_while_profiling(),
     "_is_vision_dataset": lambda: (
         OLDER_TRL
         or all(
@@ -101,12 +104,17 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},
+    "_record_memory_history": lambda: (
+        {"enabled", "stacks"}
+        <= inspect.signature(torch.cuda.memory._record_memory_history).parameters.keys()
+    ),
     "_schema": lambda: (
         torch.ops.aten.add_.Tensor._schema.is_mutable
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
     "_values": lambda: torch.eye(2).to_sparse()._values().tolist() == [1, 1],
     "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
+    "_snapshot": lambda: callable(torch.cuda.memory._snapshot),
 }
 
 
@@ -125,6 +133,12 @@ def dispatches_as_before() -> bool:
     found = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ForceDispatchKeyGuard(*found):
         return (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
+def is_told_while_profiling() -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        inside = torch.autograd.profiler._is_profiler_enabled
+    return inside and not torch.autograd.profiler._is_profiler_enabled
 
 
 def sees_nothing(context: Any) -> bool:

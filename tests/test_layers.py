@@ -23,6 +23,7 @@ LAYERS = (
     "rng",
     "journal",
     "resumption",
+    "watch",
     "oom",
     "watch",
     "retry",

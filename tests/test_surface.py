@@ -18,6 +18,7 @@ SURFACE = (
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "OOMEvent",
@@ -46,6 +47,7 @@ COMMANDS = {
         *("--rslora", "--full", "--batch-size", "--max-length", "--gradient-checkpointing"),
         *("--optim", "--attn", "--padded", "--trainer", "--card", "--json"),
     },
+    "report": {"run_dir", "--html", "--png", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 

@@ -200,15 +200,35 @@ def room_bytes() -> int | None:
     free, total = torch.cuda.mem_get_info()
     allowed = int(total * torch.cuda.get_per_process_memory_fraction())
     return min(free + torch.cuda.memory_reserved(), allowed)
+
+
 def usable_bytes() -> int | None:
     """What PyTorch may take of the current device; `None` without CUDA.
 
     Less than the device has under `torch.cuda.set_per_process_memory_fraction`.
     """
+    total = total_bytes()
+    return None if total is None else int(total * torch.cuda.get_per_process_memory_fraction())
+
+
+def total_bytes() -> int | None:
+    """The memory of the current device; `None` without CUDA."""
     if not torch.cuda.is_initialized():
         return None
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return int(total * torch.cuda.get_per_process_memory_fraction())
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def record_allocations(*, enabled: bool) -> None:
+    """Have the allocator remember the Python stack of every live block, or no longer."""
+    if enabled:
+        torch.cuda.memory._record_memory_history(enabled="state", stacks="python")
+    else:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def allocation_segments() -> list[dict[str, Any]]:
+    """The allocator's segments and blocks, as in `torch.cuda.memory_snapshot`."""
+    return list(torch.cuda.memory._snapshot()["segments"])
 
 
 def get_rng_states() -> list[torch.Tensor]:
