@@ -169,8 +169,8 @@ class Descent:
         choice: tuple[Candidate, tuple[PassedOver, ...]] = first, ()
         usable = jump.usable_bytes(event)
         if self._forecast is not None and usable is not None and event.phase in _OF_PASSES:
-            needs = self._forecast.needs(event, usable)
-            if (needs(self.plan) or 0) > usable:  # else the estimate is of something else
+            needs = self._forecast.needs(event, usable, self.plan)
+            if needs is not None:
                 deeper = self._deeper(first, event, window, index)
                 choice = jump.choose(first, candidates, deeper, needs, usable)
         if rung_fidelity(choice[0].rung) is Fidelity.SEMANTIC:

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 # Others keep a reference model, make pairs of their rows, or sample what they train on.
 _ESTIMATED = (None, "SFTTrainer")
-_ROUGHLY = 2  # how far off the closed form may be at most
+_ROUGHLY = 16  # times what the closed form says, a card is far too large
 _BUDGET_S = 20.0
 """What all estimates of a run may take together: a try that fails costs seconds too."""
 
@@ -53,8 +53,8 @@ class Forecast:
         """Nothing is estimated yet; the first estimate will be kept in `report`."""
         self._trainer = trainer
         self._report = report
-        self._predictor: Predictor | None = None
-        self._known: dict[Plan, Estimate | None] = {}
+        self._made: Predictor | None = None
+        self._known: dict[Plan, Estimate] = {}
         self._spent_s = 0.0
         model = type(base_model(trainer)).__name__
         causal = model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -64,59 +64,82 @@ class Forecast:
         """Log how much is missing where a training under `plan` is estimated not to fit."""
         card = simulated.current()
         room = device.room_bytes() if card is None else card.capacity_bytes
-        if room is None:
-            return
-        estimate = self._advised(lambda: self._of_longest_row(plan, room))
-        if estimate is not None and not _fits(estimate, room):
-            self._advised(lambda: logger.warning("%s", self._shortage(estimate, room)))
+        if room is not None:
+            self._advised(lambda: self._warn(plan, room))
 
-    def needs(self, event: OOMEvent, usable_bytes: int) -> Callable[[Plan], int | None]:
+    def _warn(self, plan: Plan, room: int) -> None:
+        longest = plan_of(self._trainer).max_length
+        if longest is None:
+            return
+        estimate = self._of_plan_in_force(replace(plan, max_length=longest), plan, room)
+        if estimate is not None and not _fits(estimate, room):
+            logger.warning("%s", self._shortage(estimate, room))
+
+    def needs(
+        self, event: OOMEvent, usable_bytes: int, plan: Plan
+    ) -> Callable[[Plan], int | None] | None:
         """What plans need for a batch as large as the one that failed: peaks of allocated bytes.
 
         Args:
             event: The failure.
             usable_bytes: What there was.
-        """
+            plan: What was in force.
 
-        def needed(plan: Plan) -> int | None:
-            if not jump.is_padded(event):
-                return None  # documents of a packed row are not of one length
-            failed = jump.as_failed(plan, event)
-            estimate = self._advised(lambda: self._kept(failed, plan, usable_bytes))
+        Returns:
+            A function from a plan to its need, `None` for one that is not known. `None` itself
+            where `plan` is not estimated to need more than there was: then something else fills
+            the card, or the estimate is wrong.
+        """
+        if not jump.is_padded(event):
+            return None  # documents of a packed row are not of one length
+
+        def needed(other: Plan) -> int | None:
+            estimate = self._advised(lambda: self._estimate(jump.as_failed(other, event)))
             return None if estimate is None else estimate.peak_allocated_bytes
 
-        return needed
+        failed = jump.as_failed(plan, event)
+        current = self._advised(lambda: self._of_plan_in_force(failed, plan, usable_bytes))
+        return None if current is None or current.peak_allocated_bytes <= usable_bytes else needed
 
-    def _of_longest_row(self, plan: Plan, room: int) -> Estimate | None:
-        longest = plan_of(self._trainer).max_length
-        return (
-            None if longest is None else self._kept(replace(plan, max_length=longest), plan, room)
-        )
-
-    def _kept(self, asked: Plan, plan: Plan, usable_bytes: int) -> Estimate | None:
-        estimate = self._estimate(asked, usable_bytes)
+    def _of_plan_in_force(self, asked: Plan, plan: Plan, there: int) -> Estimate | None:
+        """The estimate that the report keeps; none where the card is far too large for it."""
+        if _ROUGHLY * self._roughly_bytes(asked) < there:
+            return None
+        estimate = self._estimate(asked)
         if estimate is not None and self._report.estimate is None:
             self._report.estimate = {**estimate.to_dict(), "plan": plan.to_dict()}
         return estimate
 
-    def _estimate(self, plan: Plan, usable_bytes: int) -> Estimate | None:
-        if plan not in self._known:
+    def _estimate(self, plan: Plan) -> Estimate | None:
+        """The estimate, where it is more than arithmetic."""
+        if plan not in self._known and self._spent_s < _BUDGET_S:
             began = time.perf_counter()
-            self._known[plan] = self._traced(plan, usable_bytes)
+            self._known[plan] = self._predictor().at(plan, self._card())
             self._spent_s += time.perf_counter() - began
-        return self._known[plan]
+        known = self._known.get(plan)
+        return known if known is not None and known.method == TRACED else None
 
-    def _traced(self, plan: Plan, usable_bytes: int) -> Estimate | None:
-        """The estimate, where it is more than arithmetic, and the card is not far too large."""
-        if self._spent_s > _BUDGET_S:
+    def _predictor(self) -> Predictor:
+        if self._made is None:
+            self._made = Predictor.of(self._trainer)
+        return self._made
+
+    def _roughly_bytes(self, plan: Plan) -> int:
+        predictor = self._predictor()
+        config, settings = predictor.config, predictor.settings
+        model = meta_model(config, settings)
+        parts = closed_form.peak(config, model, plan, settings, rows_of(plan))
+        return sum(parts.values()) - (parts["workspaces"] if self._card() is HOST else 0)
+
+    def _card(self) -> Card | None:
+        """The card whose constants count; `None` for one that is not known."""
+        if self._trainer.args.device.type == "cpu":
+            return HOST
+        name = device.current_name()
+        try:
+            return None if name is None else Card.of(name)
+        except ConfigurationError:
             return None
-        if self._predictor is None:
-            self._predictor = Predictor.of(self._trainer)
-        card = _card(self._trainer.args.device.type)
-        if _ROUGHLY * _roughly_bytes(self._predictor, plan, card) < usable_bytes:
-            return None
-        estimate = self._predictor.at(plan, card)
-        return estimate if estimate.method == TRACED else None
 
     def _advised(self, action: Callable[[], T]) -> T | None:
         """What `action` returns, off the device and without a trace; `None` where it fails."""
@@ -141,18 +164,11 @@ class Forecast:
             f"have {format_bytes(room)} here"
         )
         for plan in _smaller(estimate.plan):
-            smaller = self._estimate(plan, room)
+            smaller = self._estimate(plan)
             if smaller is not None and _fits(smaller, room):
                 needed, code = format_bytes(_needed(smaller)), _as_code(estimate.plan, plan)
                 return f"{text}. With {code}, it is {needed}"
         return f"{text}; nor does one row at a time fit. Use shorter rows, fewer bits or less model"
-
-
-def _roughly_bytes(predictor: Predictor, plan: Plan, card: Card | None) -> int:
-    config, settings = predictor.config, predictor.settings
-    model = meta_model(config, settings)
-    parts = closed_form.peak(config, model, plan, settings, rows_of(plan))
-    return sum(parts.values()) - (parts["workspaces"] if card is HOST else 0)
 
 
 def _needed(estimate: Estimate) -> int:
@@ -179,14 +195,3 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
 
 def _as_code(before: Plan, after: Plan) -> str:
     return ", ".join(f"{name}={new!r}" for name, (_, new) in before.changes(after).items())
-
-
-def _card(kind: str) -> Card | None:
-    """The card whose constants count; `None` for one that is not known."""
-    if kind == "cpu":
-        return HOST
-    name = device.current_name()
-    try:
-        return None if name is None else Card.of(name)
-    except ConfigurationError:
-        return None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SURE = 1.03
 """A rung is passed over where it is estimated to need that much of what there is: estimates of
 allocated bytes are at most 1.5 % off (docs/prediction.md), and less than them never suffices."""
+_AHEAD = 2  # rungs after the next one that are looked at; each may take seconds to estimate
 _DEEPEST = 16  # halvings of one rung; a plain callable may go on forever
 
 
@@ -83,8 +84,7 @@ def choose(
         The rung, and those before it that cannot suffice.
     """
     order = list(Fidelity)
-    second = next(later, None)
-    rest = () if second is None else (second, *later)
+    rest = tuple(islice(later, _AHEAD))
     worst = max(order.index(rung_fidelity(one.rung)) for one in (first, *rest[:1]))
     alike = (one for one in rest if order.index(rung_fidelity(one.rung)) <= worst)
     passed: list[tuple[Candidate, int]] = []

@@ -133,7 +133,9 @@ def test_an_estimate_leaves_the_trainer_and_the_world_alone(tmp_path: Path) -> N
     with VirtualCard(CAPACITY) as card:
         card.track(trainer.model)
         live, asked = card.live_bytes, card.allocations
-        assert (Forecast(trainer, report).needs(event, CAPACITY)(report.plan) or 0) > CAPACITY
+        needs = Forecast(trainer, report).needs(event, CAPACITY, report.plan)
+        assert needs is not None
+        assert (needs(report.plan) or 0) > CAPACITY
         assert (card.live_bytes, card.allocations) == (live, asked)
     assert world(trainer) == before
 

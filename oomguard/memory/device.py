@@ -198,8 +198,7 @@ def room_bytes() -> int | None:
     if not torch.cuda.is_initialized():
         return None
     free, total = torch.cuda.mem_get_info()
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction())
-    return min(free + torch.cuda.memory_reserved(), allowed)
+    return min(free + torch.cuda.memory_reserved(), usable_bytes() or total)
 
 
 def usable_bytes() -> int | None:
