@@ -44,15 +44,17 @@ def test_an_example_has_at_most_60_lines(example: Path) -> None:
 
 
 @tiny.needs_activation_checkpointing
-def test_the_quickstart_takes_every_rung_and_learns(tmp_path: Path) -> None:
+def test_the_quickstart_takes_or_passes_over_every_rung_and_learns(tmp_path: Path) -> None:
     done = run_quickstart(tmp_path)
     assert done.returncode == 0, done.stderr
     report = Report.load(tmp_path / "outputs" / "quickstart" / "oomguard.json")
     assert report.status == "finished"
     assert report.plan.effective_batch_size == report.initial_plan.effective_batch_size
     of_passes = ("CheckpointActivations", "HalveSequence", "SplitBatch")
-    assert {recovery.rung for recovery in report.recoveries} == set(of_passes)
-    for rung in of_passes:
+    taken = [recovery.rung for recovery in report.recoveries if recovery.rung is not None]
+    passed_over = {one.rung for recovery in report.recoveries for one in recovery.passed_over}
+    assert set(taken) | passed_over == set(of_passes)
+    for rung in taken:
         assert re.search(rf"^\d+ .* {rung} ", done.stdout, re.MULTILINE), done.stdout
     assert "Traceback" not in done.stderr
     losses = re.search(r"^eval loss ([\d.]+) -> ([\d.]+)$", done.stdout, re.MULTILINE)
