@@ -41,6 +41,7 @@ LAYERS = (
     "rollout_step",
     "protection",
     "hooks",
+    "trial",
     "guard",
     "guarded_train",
     "under_guard",
