@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from oomguard.guard import Guard, fit
     from oomguard.ladder import Ladder
     from oomguard.plan import Plan
+    from oomguard.prediction.estimate import estimate
+    from oomguard.prediction.result import Estimate
     from oomguard.report import Recovery, Report
     from oomguard.rung import Fidelity, Rung
     from oomguard.rungs import (
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointActivations",
     "ConfigurationError",
+    "Estimate",
     "Fidelity",
     "Guard",
     "HalveSequence",
@@ -50,10 +53,22 @@ __all__ = [
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "estimate",
     "fit",
 ]
 
-_MODULES = ("errors", "event", "guard", "ladder", "plan", "report", "rung", "rungs")
+_MODULES = (
+    "errors",
+    "event",
+    "guard",
+    "ladder",
+    "plan",
+    "report",
+    "rung",
+    "rungs",
+    "prediction.estimate",
+    "prediction.result",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import (
 )
 
 from oomguard.errors import ConfigurationError
-from oomguard.memory import cards
+from oomguard.memory import entered
 from oomguard.memory.size import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -166,12 +166,12 @@ class VirtualCard(TorchDispatchMode):
         self._state = "entered"
         self._pid = os.getpid()
         super().__enter__()
-        cards.enter(self)
+        entered.enter(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)
-        cards.leave(self)
+        entered.leave(self)
         self._state = "left"
         self._held.clear()  # the weak references go, and their callbacks with them
 

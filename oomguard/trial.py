@@ -17,7 +17,7 @@ from oomguard.levers.adapter import inner_optimizer
 from oomguard.levers.keepsake import Keepsake
 from oomguard.levers.live import read_plan
 from oomguard.levers.longest import has_rows
-from oomguard.memory import cards, device
+from oomguard.memory import device, entered
 from oomguard.memory.size import format_bytes
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def refusal(trainer: Any, plan: Plan) -> str | None:
     not begun to train.
     """
     args, name = trainer.args, type(trainer).__name__
-    if cards.current() is None and args.device.type != "cuda":
+    if entered.current() is None and args.device.type != "cuda":
         return f"there is nothing to measure: it trains on {args.device.type!r}"
     if hooks.is_installed(trainer):
         return "it is inside a Guard"
@@ -228,7 +228,7 @@ def _outside_bytes() -> int:
 
 
 def _start_peaks() -> None:
-    card = cards.current()
+    card = entered.current()
     if card is not None:
         card.take_peak()
     device.reset_peaks()
@@ -236,7 +236,7 @@ def _start_peaks() -> None:
 
 def _peaks() -> tuple[int, int | None]:
     """The most bytes allocated and reserved since `_start_peaks`."""
-    card, stats = cards.current(), device.allocator_stats()
+    card, stats = entered.current(), device.allocator_stats()
     if card is not None:
         return card.take_peak(), None
     assert stats is not None  # noqa: S101 - `refusal` has seen to it

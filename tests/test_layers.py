@@ -29,6 +29,7 @@ LAYERS = (
     "feed",
     "optimizer_step",
     "levers",
+    "prediction",
     "rollouts",
     "report",
     "checkpoint",

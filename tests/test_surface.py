@@ -10,6 +10,7 @@ from oomguard.testing import VirtualCard
 SURFACE = (
     "CheckpointActivations",
     "ConfigurationError",
+    "Estimate",
     "Fidelity",
     "Guard",
     "HalveSequence",
@@ -28,6 +29,7 @@ SURFACE = (
     "Rung",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "estimate",
     "fit",
 )
 

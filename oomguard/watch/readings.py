@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import psutil
 
-from oomguard.memory import cards, device
+from oomguard.memory import device, entered
 
 Phase = Literal["train", "eval", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -103,7 +103,7 @@ class Meter:
         )
 
     def _of_card(self) -> dict[str, int]:
-        card = cards.current()
+        card = entered.current()
         if card is None:
             return {}
         found = {"allocated_bytes": card.allocated_bytes}
@@ -148,13 +148,13 @@ class Meter:
 
 def card_total_bytes() -> int | None:
     """What PyTorch may take of the device, or the capacity of the `VirtualCard` in force."""
-    card = cards.current()
+    card = entered.current()
     return device.usable_bytes() if card is None else card.capacity_bytes
 
 
 def device_name() -> str:
     """The device's name; `"VirtualCard"` or `"cpu"` without one."""
-    if cards.current() is not None:
+    if entered.current() is not None:
         return "VirtualCard"
     return device.current_name() or "cpu"
 

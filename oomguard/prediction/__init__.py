@@ -1,0 +1,1 @@
+"""How much memory a fine-tune will take, before it runs."""

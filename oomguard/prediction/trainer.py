@@ -1,0 +1,92 @@
+"""The plan and the settings that a live trainer has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oomguard.levers import activations
+from oomguard.levers.live import read_plan
+from oomguard.prediction.settings import Settings
+
+if TYPE_CHECKING:
+    from oomguard.plan import Plan
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def plan_of(trainer: Any) -> Plan:
+    """The plan that `trainer` follows, with the length of its longest row as `max_length`."""
+    plan = read_plan(trainer)
+    lengths = row_lengths(trainer)
+    if not lengths:
+        return plan
+    longest = max(lengths)
+    return replace(plan, max_length=min(longest, plan.max_length or longest))
+
+
+def row_lengths(trainer: Any) -> list[int]:
+    """Tokens of every row of the training data; empty where they cannot be read."""
+    dataset = getattr(trainer, "train_dataset", None)
+    names = getattr(dataset, "column_names", None) or ()
+    if dataset is None or "input_ids" not in names:
+        return []
+    return [len(row) for row in dataset.with_format(None)["input_ids"]]
+
+
+def settings_of(trainer: Any) -> Settings:
+    """The settings of a live trainer."""
+    args, model = trainer.args, activations.base_model(trainer)
+    lora = _lora(trainer)
+    lengths = row_lengths(trainer)
+    kwargs = getattr(args, "gradient_checkpointing_kwargs", None) or {}
+    packing = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
+    ragged = len(set(lengths)) > 1 and args.per_device_train_batch_size > 1
+    quantization, double_quant = _quantization(model)
+    return Settings(
+        quantization=quantization,
+        double_quant=double_quant,
+        dtype=_dtype(model),
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        lora_dropout=float(getattr(lora, "lora_dropout", 0.0)),
+        use_rslora=bool(getattr(lora, "use_rslora", False)),
+        use_dora=bool(getattr(lora, "use_dora", False)),
+        attn_implementation=_attention(model),
+        padded=ragged and not packing,
+        packing=packing,
+        trainer="sft" if _is_sft(trainer) else "trainer",
+        checkpoint_every_n_layers=int(kwargs.get("every_n_layers", 1)),
+        use_reentrant=bool(kwargs.get("use_reentrant", False)),
+        max_grad_norm=float(args.max_grad_norm or 0.0),
+    )
+
+
+def _is_sft(trainer: Any) -> bool:
+    return any(base.__name__ == "SFTTrainer" for base in type(trainer).__mro__)
+
+
+def _lora(trainer: Any) -> Any:
+    configs = getattr(activations.peft_model(trainer), "peft_config", None) or {}
+    return next(iter(configs.values()), None)
+
+
+def _attention(model: Any) -> str:
+    return "eager" if getattr(model.config, "_attn_implementation", "") == "eager" else "sdpa"
+
+
+def _quantization(model: Any) -> tuple[str, bool]:
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "int8", True
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return "none", True
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    state = next(state for state in states if state is not None)
+    return state.quant_type, bool(state.nested)
+
+
+def _dtype(model: Any) -> str:
+    """Of the unquantized weights; that of the largest of them."""
+    frozen = [p for p in model.parameters() if p.dtype in _NAMES]
+    return _NAMES[max(frozen, key=lambda p: p.numel()).dtype]
