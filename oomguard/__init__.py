@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.search import find_plan
+    from oomguard.search_result import SearchResult
 
 __version__ = "0.1.0"
 
@@ -51,9 +53,11 @@ __all__ = [
     "ReleaseCache",
     "Report",
     "Rung",
+    "SearchResult",
     "SplitBatch",
     "UnsupportedTrainerError",
     "estimate",
+    "find_plan",
     "fit",
 ]
 
@@ -68,6 +72,8 @@ _MODULES = (
     "rungs",
     "prediction.estimate",
     "prediction.result",
+    "search",
+    "search_result",
 )
 
 

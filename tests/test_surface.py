@@ -27,9 +27,11 @@ SURFACE = (
     "ReleaseCache",
     "Report",
     "Rung",
+    "SearchResult",
     "SplitBatch",
     "UnsupportedTrainerError",
     "estimate",
+    "find_plan",
     "fit",
 )
 

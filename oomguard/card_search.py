@@ -1,0 +1,200 @@
+"""One search on one card: asks for estimates, and runs plans where there is a trainer to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from oomguard.errors import ConfigurationError
+from oomguard.memory import device
+from oomguard.memory.size import format_bytes
+from oomguard.search_result import RunnerUp, SearchResult
+from oomguard.search_space import Space, best, fewer_rows
+from oomguard.trial import Trial, refusal, run_trial
+from oomguard.trials import MOST_TRIALS, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from oomguard.budget import Budget
+    from oomguard.plan import Plan
+    from oomguard.prediction.result import Estimate
+
+_RUNNERS_UP = 3
+
+
+class CardSearch:
+    """A search of one space on one card."""
+
+    def __init__(
+        self, space: Space, budget: Budget, estimate: Callable[[Plan], Estimate], subject: Subject
+    ) -> None:
+        """Take what is searched, what it may take, and who knows what it takes."""
+        self._space = space
+        self._budget = budget
+        self._estimate = estimate
+        self._subject = subject
+        self._asked: dict[Plan, Estimate] = {}
+        self._trials: dict[Plan, Trial] = {}
+
+    def unmeasurable(self) -> str | None:
+        """Why nothing can be run, or `None`."""
+        if self._subject.trainer is None:
+            return "there is no trainer to run"
+        here = next(iter(device.devices()), None)
+        if not self._budget.simulated and here is not None:
+            total, there = self._budget.total_bytes, here.total_bytes
+            if total > there:
+                return f"the card is larger than the {format_bytes(there)} of this GPU"
+        start = self._subject.own_limit(self._space.variants[0])
+        return refusal(self._subject.trainer, start)
+
+    def estimated(self) -> SearchResult:
+        """The largest plan by the estimates."""
+        plans = self._best(1.0)
+        if not plans:
+            raise ConfigurationError(self._nothing())
+        return self._result(plans[0])
+
+    def measured(self) -> SearchResult:
+        """The largest plan that ran."""
+
+        def ratio(tried: _Tried) -> float:
+            estimate = self._ask(tried.plan)
+            return tried.trial.peak_allocated_bytes / estimate.peak_allocated_bytes
+
+        tried = settle(
+            lambda scale: next(iter(self._best(scale)), None),
+            lambda plan: _Tried(plan, self._run(plan)),
+            ratio,
+            self._space.smallest,
+        )
+        fitting = [one for one in tried if one.trial.fits]
+        if not fitting:
+            raise ConfigurationError(self._nothing())
+        return self._result(fitting[-1].plan)
+
+    def fastest(self) -> SearchResult:
+        """Of the plans that fit, the one that trains most tokens a second.
+
+        The largest passes of every variant are run, then half of them, as long as trials are left:
+        passes of more rows are faster on the whole, but not always.
+        """
+        waiting = self._best(1.0) or [self._space.smallest]
+        while waiting and len(self._trials) < MOST_TRIALS:
+            plan = waiting.pop(0)
+            if plan in self._trials:
+                continue
+            self._run(plan)
+            fewer = fewer_rows(self._space, plan)
+            waiting += [] if fewer is None else [fewer]
+        speeds = {plan: t.tokens_per_s or 0.0 for plan, t in self._trials.items() if t.fits}
+        if not speeds:
+            raise ConfigurationError(self._nothing())
+        return self._result(max(speeds, key=lambda plan: speeds[plan]))
+
+    def _best(self, scale: float) -> list[Plan]:
+        return best(self._space, lambda plan: self._budget.holds(self._ask(plan), scale))
+
+    def _ask(self, plan: Plan) -> Estimate:
+        if plan not in self._asked:
+            self._asked[plan] = self._estimate(plan)
+        return self._asked[plan]
+
+    def _run(self, plan: Plan) -> Trial:
+        card_bytes = self._budget.total_bytes if self._budget.given else None
+        own = self._subject.own_limit(plan)
+        self._trials[plan] = trial = run_trial(self._subject.trainer, own, card_bytes=card_bytes)
+        return trial
+
+    def _result(self, plan: Plan) -> SearchResult:
+        return SearchResult(
+            plan=self._subject.own_limit(plan),
+            maximize=self._space.maximize,
+            estimate=self._ask(plan),
+            measured=self._trials.get(plan),
+            runners_up=self._runners_up(plan),
+            trials=tuple(self._trials.values()),
+            card=self._budget.card,
+        )
+
+    def _runners_up(self, plan: Plan) -> tuple[RunnerUp, ...]:
+        """The largest others that ran, and where nothing is run, that should fit."""
+        for other in self._trials:
+            self._ask(other)
+        fits = {
+            other: self._trials[other].fits if other in self._trials else self._holds(other)
+            for other in self._asked
+            if other != plan
+        }
+        ranked = sorted((other for other in fits if fits[other]), key=self._rank)
+        return tuple(
+            RunnerUp(self._ask(other), self._trials.get(other)) for other in ranked[:_RUNNERS_UP]
+        )
+
+    def _holds(self, plan: Plan) -> bool:
+        return self._budget.holds(self._asked[plan])
+
+    def _rank(self, plan: Plan) -> tuple[bool, int]:
+        return plan not in self._trials, -self._space.size(plan)
+
+    def _nothing(self) -> str:
+        """Why nothing fits, with the numbers, and what to change."""
+        smallest, card = self._space.smallest, self._budget.card
+        estimate = self._ask(smallest)
+        died = sum(not trial.fits for trial in self._trials.values())
+        how = f"; {died} trials ran out of memory" if died else ""
+        advice = self._advice(smallest, quantized=estimate.settings.is_quantized)
+        choices = ", ".join(f"({chr(97 + index)}) {text}" for index, text in enumerate(advice))
+        return (
+            f"nothing fits {format_bytes(self._budget.total_bytes)} ({card.name}): the smallest "
+            f"plan, {smallest.per_device_train_batch_size} x {smallest.max_length} tokens, takes "
+            f"an estimated {format_bytes(estimate.device_bytes)}, of which weights are "
+            f"{format_bytes(estimate.breakdown.get('weights', 0))}{how}. Change: {choices}"
+        )
+
+    def _advice(self, smallest: Plan, *, quantized: bool) -> list[str]:
+        moving = {axis.name for axis in self._space.axes}
+        names = [name for name in ("max_length", "lora_r") if name not in moving]
+        names = [name for name in names if getattr(smallest, name) is not None]
+        if not smallest.gradient_checkpointing:
+            names.insert(0, "gradient_checkpointing")
+        advice = [f"free=({', '.join(map(repr, names))},)"] if names else []
+        if smallest.lora_r is None:
+            advice.append("lora_r=16 instead of a full fine-tune")
+        elif not quantized:
+            advice.append("quantization='nf4'")
+        return [*advice, "a larger card"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is searched for.
+
+    Attributes:
+        trainer: The live trainer; `None` where there is none yet.
+        longest: Tokens of its longest row, which is the length of the plans that are estimated.
+        max_length: Its own limit of them.
+    """
+
+    trainer: Any = None
+    longest: int | None = None
+    max_length: int | None = None
+
+    def own_limit(self, plan: Plan) -> Plan:
+        """`plan` with the trainer's own limit where no row is to be cut."""
+        if self.trainer is None or plan.max_length != self.longest:
+            return plan
+        return replace(plan, max_length=self.max_length)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A plan as it was searched for, and its trial."""
+
+    plan: Plan
+    trial: Trial
+
+    @property
+    def fits(self) -> bool:
+        return self.trial.fits
