@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from oomguard.errors import (
         ConfigurationError,
         LadderExhaustedError,
+        NothingFitsError,
         OomguardError,
         UnsupportedTrainerError,
     )
@@ -44,6 +45,7 @@ __all__ = [
     "LadderExhaustedError",
     "LowerRank",
     "NarrowTargets",
+    "NothingFitsError",
     "OOMEvent",
     "OffloadActivations",
     "OomguardError",

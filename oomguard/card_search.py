@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from oomguard.errors import ConfigurationError
+from oomguard.errors import NothingFitsError
 from oomguard.memory import device
 from oomguard.memory.size import format_bytes
 from oomguard.search_result import RunnerUp, SearchResult
@@ -51,9 +51,9 @@ class CardSearch:
 
     def estimated(self) -> SearchResult:
         """The largest plan by the estimates."""
-        plans = self._best(1.0)
+        plans = best(self._space, lambda plan: self._budget.surely_holds(self._ask(plan)))
         if not plans:
-            raise ConfigurationError(self._nothing())
+            raise NothingFitsError(self._nothing())
         return self._result(plans[0])
 
     def measured(self) -> SearchResult:
@@ -71,7 +71,7 @@ class CardSearch:
         )
         fitting = [one for one in tried if one.trial.fits]
         if not fitting:
-            raise ConfigurationError(self._nothing())
+            raise NothingFitsError(self._nothing())
         return self._result(fitting[-1].plan)
 
     def fastest(self) -> SearchResult:
@@ -90,7 +90,7 @@ class CardSearch:
             waiting += [] if fewer is None else [fewer]
         speeds = {plan: t.tokens_per_s or 0.0 for plan, t in self._trials.items() if t.fits}
         if not speeds:
-            raise ConfigurationError(self._nothing())
+            raise NothingFitsError(self._nothing())
         return self._result(max(speeds, key=lambda plan: speeds[plan]))
 
     def _best(self, scale: float) -> list[Plan]:
@@ -119,21 +119,20 @@ class CardSearch:
         )
 
     def _runners_up(self, plan: Plan) -> tuple[RunnerUp, ...]:
-        """The largest others that ran, and where nothing is run, that should fit."""
+        """The largest others: those that ran, then those that should."""
         for other in self._trials:
             self._ask(other)
-        fits = {
-            other: self._trials[other].fits if other in self._trials else self._holds(other)
-            for other in self._asked
-            if other != plan
-        }
-        ranked = sorted((other for other in fits if fits[other]), key=self._rank)
-        return tuple(
-            RunnerUp(self._ask(other), self._trials.get(other)) for other in ranked[:_RUNNERS_UP]
-        )
+        others = [other for other in self._asked if other != plan and self._fits(other, plan)]
+        ranked = sorted(others, key=self._rank)[:_RUNNERS_UP]
+        return tuple(RunnerUp(self._ask(other), self._trials.get(other)) for other in ranked)
 
-    def _holds(self, plan: Plan) -> bool:
-        return self._budget.holds(self._asked[plan])
+    def _fits(self, other: Plan, found: Plan) -> bool:
+        trial = self._trials.get(other)
+        if trial is not None:
+            return trial.fits
+        if found in self._trials and self._space.size(other) > self._space.size(found):
+            return False  # it would have been run
+        return self._budget.surely_holds(self._asked[other])
 
     def _rank(self, plan: Plan) -> tuple[bool, int]:
         return plan not in self._trials, -self._space.size(plan)
@@ -144,7 +143,7 @@ class CardSearch:
         estimate = self._ask(smallest)
         died = sum(not trial.fits for trial in self._trials.values())
         how = f"; {died} trials ran out of memory" if died else ""
-        advice = self._advice(smallest, quantized=estimate.settings.is_quantized)
+        advice = self._advice(estimate)
         choices = ", ".join(f"({chr(97 + index)}) {text}" for index, text in enumerate(advice))
         return (
             f"nothing fits {format_bytes(self._budget.total_bytes)} ({card.name}): the smallest "
@@ -153,16 +152,18 @@ class CardSearch:
             f"{format_bytes(estimate.breakdown.get('weights', 0))}{how}. Change: {choices}"
         )
 
-    def _advice(self, smallest: Plan, *, quantized: bool) -> list[str]:
+    def _advice(self, estimate: Estimate) -> list[str]:
+        plan, advice = estimate.plan, []
         moving = {axis.name for axis in self._space.axes}
         names = [name for name in ("max_length", "lora_r") if name not in moving]
-        names = [name for name in names if getattr(smallest, name) is not None]
-        if not smallest.gradient_checkpointing:
+        names = [name for name in names if getattr(plan, name) is not None]
+        if not plan.gradient_checkpointing:
             names.insert(0, "gradient_checkpointing")
-        advice = [f"free=({', '.join(map(repr, names))},)"] if names else []
-        if smallest.lora_r is None:
+        if names and estimate.breakdown.get("weights", 0) < self._budget.total_bytes:
+            advice.append(f"free={tuple(names)!r}")
+        if plan.lora_r is None:
             advice.append("lora_r=16 instead of a full fine-tune")
-        elif not quantized:
+        elif not estimate.settings.is_quantized:
             advice.append("quantization='nf4'")
         return [*advice, "a larger card"]
 

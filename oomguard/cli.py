@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import oomguard
+from oomguard import cli_options as options
 
 app = typer.Typer(
     name="oomguard",
@@ -28,6 +29,15 @@ class LadderName(StrEnum):
 
     DEFAULT = "default"
     EXACT_FIRST = "exact_first"
+
+
+class Maximize(StrEnum):
+    """What `find_plan` maximizes without a GPU."""
+
+    TOKENS = "tokens"
+    MAX_LENGTH = "max_length"
+    MICRO_BATCH_SIZE = "micro_batch_size"
+    LORA_R = "lora_r"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -120,3 +130,62 @@ def doctor(json_: Json = False) -> None:
 
         Console().print(findings)
     raise typer.Exit(0 if findings.healthy else 1)
+
+
+@app.command()
+def find(
+    model: options.Model,
+    *,
+    quantization: options.QuantizationOption = options.Quantization.NONE,
+    dtype: options.DtypeOption = options.Dtype.BFLOAT16,
+    lora_r: options.LoraR = None,
+    target_modules: options.TargetModules = None,
+    dora: options.Dora = False,
+    rslora: options.Rslora = False,
+    full: options.Full = False,
+    batch_size: options.BatchSize = 1,
+    max_length: options.MaxLength = 1024,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    optim: options.Optim = "adamw_torch_fused",
+    attn: options.Attn = options.Attention.SDPA,
+    padded: options.Padded = False,
+    trainer: options.TrainerOption = options.TrainerName.SFT,
+    card: options.Card = None,
+    maximize: Annotated[
+        Maximize, typer.Option(help="What to make as large as fits.")
+    ] = Maximize.TOKENS,
+    free: Annotated[
+        str, typer.Option(help="Settings that may change besides, with commas: see find_plan.")
+    ] = "",
+    json_: Json = False,
+) -> None:
+    """Find the largest plan that fits a card, or each size of card: no GPU, no weights needed."""
+    with options.one_line_errors():
+        settings = options.as_settings(
+            quantization=quantization,
+            dtype=dtype,
+            lora_r=lora_r,
+            target_modules=target_modules,
+            dora=dora,
+            rslora=rslora,
+            full=full,
+            batch_size=batch_size,
+            max_length=max_length,
+            gradient_checkpointing=gradient_checkpointing,
+            optim=optim,
+            attn=attn,
+            padded=padded,
+            trainer=trainer,
+        )
+        from oomguard import find_command
+
+        freed = tuple(name.strip() for name in free.split(",") if name.strip())
+        found = find_command.find(
+            model, card, maximize=maximize.value, free=freed, settings=settings
+        )
+    if json_:
+        sys.stdout.write(json.dumps(find_command.as_json(found), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(find_command.as_table(found))

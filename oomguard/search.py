@@ -55,7 +55,8 @@ def find_plan(
         The plan, what it takes, and others that fit.
 
     Raises:
-        ConfigurationError: No plan fits, no card is known, or a setting cannot work.
+        NothingFitsError: No plan fits.
+        ConfigurationError: No card is known, or a setting cannot work.
     """
     return Finder(trainer_or_model, maximize, free, settings).on(card)
 
@@ -96,7 +97,8 @@ class Finder:
         """The largest plan for one card.
 
         Raises:
-            ConfigurationError: No plan fits, or no card is known.
+            NothingFitsError: No plan fits.
+            ConfigurationError: No card is known.
         """
         began = time.perf_counter()
         budget = Budget.of(card)

@@ -143,6 +143,4 @@ def _call(name: str, function: str, values: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str) and not isinstance(value, _Code):
-        return f'"{value}"'
-    return repr(value)
+    return repr(value).replace("'", '"')  # no name in here has quotes of its own

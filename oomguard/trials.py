@@ -14,7 +14,8 @@ MOST_TRIALS = 4
 
 _CLOSE = 0.97  # an estimate this close to what was measured leaves nothing to win
 _MARGIN = 1.02  # what is asked of the next plan above the ratio that was measured
-_STEPS = (1.08, 1.25, 1.6, 2.0)  # how much more than estimated a plan is taken to need that died
+_STEP = 1.1  # how much more than estimated the next plan is taken to need when one died
+_LOOKS = 40  # for another plan than those that were run
 
 
 class Outcome(Protocol):
@@ -60,22 +61,46 @@ def settle(
     trials: list[Tried] = []
     scale, good, bad = 1.0, math.inf, 0.0  # scales whose plan ran, and died
     while len(trials) < MOST_TRIALS:
-        tried = {trial.plan for trial in trials}
         plan = search(scale) or smallest
-        while plan in tried and plan != smallest and good == math.inf:
-            scale *= _STEPS[0]  # rows are few numbers: many scales have one and the same plan
-            plan = search(scale) or smallest
         if len(trials) == MOST_TRIALS - 1 and good == math.inf:
             plan = smallest
-        if plan in tried:
+        if any(trial.plan == plan for trial in trials):
             break
         trials.append(run(plan))
         if trials[-1].fits:
             good = scale
-            scale = max(ratio(trials[-1]) * _MARGIN, math.sqrt(bad * good))
+            scale = ratio(trials[-1]) * _MARGIN
             if scale > good * _CLOSE:
                 break
         else:
             bad = scale
-            scale = math.sqrt(bad * good) if good < math.inf else bad * _STEPS[len(trials) - 1]
+        known = {trial.plan: trial.fits for trial in trials}
+        scale, good, bad = _between(search, known, smallest, scale, good, bad)
     return trials
+
+
+def _between(
+    search: Callable[[float], Plan | None],
+    known: dict[Plan, bool],
+    smallest: Plan,
+    scale: float,
+    good: float,
+    bad: float,
+) -> tuple[float, float, float]:
+    """The next scale whose plan has not been run, and the bounds it lies between.
+
+    Rows are few numbers, so that many scales have one and the same plan.
+    """
+    if not bad < scale < good:
+        scale = _inside(good, bad)
+    for _ in range(_LOOKS):
+        plan = search(scale) or smallest
+        if plan not in known:
+            break
+        good, bad = (scale, bad) if known[plan] else (good, scale)
+        scale = _inside(good, bad)
+    return scale, good, bad
+
+
+def _inside(good: float, bad: float) -> float:
+    return bad * _STEP if good == math.inf else math.sqrt(max(bad, good / _STEP**4) * good)

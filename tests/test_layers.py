@@ -50,6 +50,7 @@ LAYERS = (
     "budget",
     "card_search",
     "search",
+    "find_command",
     "guard",
     "guarded_train",
     "under_guard",
@@ -57,6 +58,7 @@ LAYERS = (
     "doctor_trial",
     "doctor",
     "__init__",
+    "cli_options",
     "cli",
     "__main__",
 )
