@@ -142,7 +142,7 @@ class CardSearch:
         smallest, card = self._space.smallest, self._budget.card
         estimate = self._ask(smallest)
         died = sum(not trial.fits for trial in self._trials.values())
-        how = f"; {died} trials ran out of memory" if died else ""
+        how = f"; trials ran out of memory: {died}" if died else ""
         advice = self._advice(estimate)
         choices = ", ".join(f"({chr(97 + index)}) {text}" for index, text in enumerate(advice))
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,6 +126,7 @@ def as_settings(
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """While entered, what cannot be done ends the command with one line and exit status 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which CPU kernels it lacks
     from oomguard.errors import ConfigurationError
 
     try:

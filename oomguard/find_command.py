@@ -88,7 +88,7 @@ def as_table(found: Found) -> RenderableType:
     table = Table("card", *COLUMNS[:-1], box=box.SIMPLE_HEAD, show_edge=False)
     for card, one in found.items():
         if isinstance(one, NothingFitsError):
-            table.add_row(card, "nothing fits", *[""] * (len(COLUMNS) - 2))
+            table.add_row(card, "nothing fits")
         else:
             table.add_row(escape(card), *row(one.plan, one.estimate, one.measured)[:-1])
     return table

@@ -116,7 +116,8 @@ class SearchResult:
         yield escape(self.snippet())
 
 
-COLUMNS = ("rows", "max_length", "tokens a pass", "LoRA r", "checkpointing", "optim", "bytes", "")
+COLUMNS = ("rows", "length", "tokens", "LoRA r", "checkpointing", "bytes", "")
+"""Rows a pass times passes a step, tokens of the longest row, tokens of a pass, and so on."""
 
 
 def row(plan: Plan, estimate: Estimate, measured: Trial | None) -> list[str]:
@@ -135,7 +136,6 @@ def row(plan: Plan, estimate: Estimate, measured: Trial | None) -> list[str]:
         f"{tokens_of(plan, estimate):,}",
         "full" if plan.lora_r is None else str(plan.lora_r),
         "on" if plan.gradient_checkpointing else "off",
-        plan.optim or "",
         format_bytes(size_bytes),
         how,
     ]

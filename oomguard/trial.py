@@ -57,6 +57,13 @@ class Trial:
     tokens_per_s: float | None
     seconds: float
 
+    def log_line(self) -> str:
+        """What was run, and what came of it, in one line."""
+        rows, steps = self.plan.per_device_train_batch_size, self.plan.gradient_accumulation_steps
+        end = "ran" if self.fits else f"ran out of memory in {self.phase or 'the end'}"
+        peak = format_bytes(self.peak_allocated_bytes)
+        return f"trial of {rows} x {steps} rows: {end}, peak {peak}, {self.seconds:.1f} s"
+
     def to_dict(self) -> dict[str, Any]:
         """The trial as JSON types."""
         return {**asdict(self), "plan": self.plan.to_dict()}
@@ -193,7 +200,7 @@ def run_trial(trainer: Any, plan: Plan, *, card_bytes: int | None = None) -> Tri
         tokens_per_s=None if step_s is None or tokens is None else tokens * passes / step_s,
         seconds=time.perf_counter() - began,
     )
-    logger.info("trial: %s", trial)
+    logger.info("%s", trial.log_line())
     return trial
 
 

@@ -51,6 +51,7 @@ LAYERS = (
     "card_search",
     "search",
     "find_command",
+    "starting",
     "guard",
     "guarded_train",
     "under_guard",

@@ -1,0 +1,89 @@
+"""`oomguard find`: its table, its JSON, and its errors of one line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from transformers import BertConfig
+
+from tests.test_cli import invoke
+from tests.test_search import SMALL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    SMALL.save_pretrained(folder)
+    return str(folder)
+
+
+def test_one_card_gives_the_plan_and_its_code(model: str) -> None:
+    done = invoke("find", "--model", model, "--card", "8GiB", COLUMNS="160")
+    assert done.exit_code == 0
+    for part in ("8.00 GiB card", "found", "SFTConfig("):
+        assert part in done.stdout
+
+
+def test_json_has_plan_estimate_measured_and_runners_up(model: str) -> None:
+    options = ("--quantization", "nf4", "--max-length", "512", "--maximize", "micro_batch_size")
+    done = invoke("find", "--model", f"{model}/config.json", "--card", "8GiB", *options, "--json")
+    values = json.loads(done.stdout)
+    assert {"plan", "estimate", "measured", "runners_up", "seconds"} <= values.keys()
+    assert values["measured"] is None
+    assert values["plan"]["max_length"] == 512
+    assert values["plan"]["micro_batch_size"] > 1
+    assert values["estimate"]["settings"]["quantization"] == "nf4"
+
+
+def test_without_a_card_every_size_has_its_line(model: str) -> None:
+    options = ("--full", "--max-length", "512")
+    done = invoke("find", "--model", model, *options, COLUMNS="120")
+    lines = [line for line in done.stdout.splitlines() if "GiB" in line]
+    assert [line.split()[0] for line in lines] == [
+        f"{size}GiB" for size in (8, 12, 16, 24, 40, 48, 80)
+    ]
+    assert "nothing fits" in lines[0]
+    assert "full" in lines[-1]
+
+
+def test_json_of_all_cards_begins_with_the_smallest_that_has_a_plan(model: str) -> None:
+    values = json.loads(invoke("find", "--model", model, "--full", "--json").stdout)
+    every = values["cards"]
+    assert len(every) == 7
+    assert "error" in every[0]
+    first = next(one for one in every if "plan" in one)
+    assert values["plan"] == first["plan"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--card", "1GiB"), "nothing fits 1024.00 MiB"),
+        (("--card", "banana"), "neither a size"),
+        (("--card", "8GiB", "--full", "--lora-r", "8"), "leave out one"),
+        (("--card", "8GiB", "--full", "--quantization", "nf4"), "cannot be trained whole"),
+        (("--card", "8GiB", "--full", "--maximize", "lora_r"), "full fine-tune"),
+        (("--card", "8GiB", "--free", "learning_rate"), "free names 'learning_rate'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    model: str, options: tuple[str, ...], said: str
+) -> None:
+    done = invoke("find", "--model", model, *options)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
+    for name in (str(tmp_path / "nothing"), str(tmp_path / "bert")):
+        done = invoke("find", "--model", name, "--card", "8GiB")
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
