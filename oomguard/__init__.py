@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from oomguard.search import find_plan
     from oomguard.search_result import SearchResult
+    from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "SearchResult",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "VRAMReporter",
     "estimate",
     "find_plan",
     "fit",
@@ -76,6 +78,7 @@ _MODULES = (
     "prediction.result",
     "search",
     "search_result",
+    "watch.reporter",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -25,6 +26,7 @@ from oomguard.protection import Course
 from oomguard.report import Report, Status
 from oomguard.rollout_step import transaction_of
 from oomguard.rung import rung_name
+from oomguard.watch.recorder import recorded
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -129,6 +131,8 @@ class Guard:
         self._hooks = hooks.install(self._trainer, transaction, outside, course)
         self._state = OomguardState.of(self._descent.reached)
         self._trainer.add_callback(self._state)
+        self._watch = ExitStack()
+        self._watch.enter_context(recorded(self._trainer, self.report))
         self._began = time.perf_counter()
         return self
 
@@ -161,6 +165,7 @@ class Guard:
         """Give the trainer its class back; write and show the report."""
         hooks.uninstall(self._trainer)
         self._trainer.remove_callback(self._state)
+        self._watch.close()
         self.report.seconds = time.perf_counter() - self._began
         self.report.train_output = self._hooks.train_output
         del self._hooks, self._descent  # they hold the last batches

@@ -84,8 +84,13 @@ class Plan:
     @property
     def passes_per_step(self) -> int:
         """Forward and backward passes of one optimizer step of full-length batches, per process."""
-        rows = self.micro_batch_size or self.per_device_train_batch_size
-        return self.gradient_accumulation_steps * -(-self.per_device_train_batch_size // rows)
+        passes = -(-self.per_device_train_batch_size // self.rows_per_pass)
+        return self.gradient_accumulation_steps * passes
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of one forward and backward pass of a full-length batch."""
+        return self.micro_batch_size or self.per_device_train_batch_size
 
     def changes(self, other: Plan) -> dict[str, tuple[Any, Any]]:
         """Settings that differ in `other`, as `{name: (here, there)}`."""
@@ -111,8 +116,7 @@ class Plan:
         return ", ".join([*parts, f"effective batch {after.effective_batch_size} unchanged"])
 
     def _passes(self) -> str:
-        rows = self.micro_batch_size or self.per_device_train_batch_size
-        return f"{rows} x {self.passes_per_step}"
+        return f"{self.rows_per_pass} x {self.passes_per_step}"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""

@@ -138,11 +138,14 @@ def test_a_run_that_goes_on_keeps_what_was_before_its_checkpoint_and_stays_bound
     series = series_of(*(Reading(step=step, time_s=float(step)) for step in range(1, 3001)))
     for entry in BREAKDOWNS:
         series.add_breakdown(entry)
-    resumed = series.until(1)
+    resumed = Series("cpu", 7)
+    assert resumed.time_s == 0
+    resumed.go_on(series, 1)
+    assert resumed.time_s == 1
     assert [row.step for row in resumed.readings] == [1]
     assert resumed.breakdowns == BREAKDOWNS[:1]
-    assert resumed.card_total_bytes == series.card_total_bytes
-    resumed = series.until(2999)
+    assert (resumed.device, resumed.card_total_bytes) == ("cpu", 7)
+    resumed.go_on(series, 2999)
     for step in range(3000, 9000):
         resumed.add(Reading(step=step, time_s=float(step)))
     steps = [row.step for row in resumed.readings]

@@ -31,6 +31,7 @@ SURFACE = (
     "SearchResult",
     "SplitBatch",
     "UnsupportedTrainerError",
+    "VRAMReporter",
     "estimate",
     "find_plan",
     "fit",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, get_args
 
-import psutil
-
-from oomguard.memory import device, entered
+from oomguard.memory import device, entered, host
+from oomguard.watch.quiet import Quiet
 
 Phase = Literal["train", "eval", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_PROCESS_EVERY_S = 1.0
+_DRIVER_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +34,8 @@ class Reading:
         active_bytes: Live tensors, and freed ones that another stream may still use.
         inactive_split_bytes: Free pieces of blocks that are partly in use: fragmentation.
         alloc_retries: How often the allocator had to empty its cache to find room, so far.
-        process_bytes: What this process uses of the device, by the driver; read once a second.
-        device_used_bytes: What all processes use of the device, by the driver.
+        process_bytes: What this process uses of the device, by the driver; up to a second old.
+        device_used_bytes: What all processes use of the device, by the driver; up to a second old.
         batch_tokens: Padded tokens that the optimizer step was made of.
         host_rss_bytes: The process's memory on the host.
     """
@@ -78,7 +75,10 @@ class Meter:
         self._peaks = peaks
         self._began = time.perf_counter() - began_s
         self._highest: tuple[int, int] = (0, 0)
-        self._process_due_s = 0.0
+        self._driver: dict[str, int | None] = {}
+        self._driver_due_s = 0.0
+        self._nvml_answers = True
+        self._quiet = Quiet("The process's memory on the device is not read")
 
     def take(self, step: int, phase: Phase = "train", batch_tokens: int | None = None) -> Reading:
         """What is read now.
@@ -87,9 +87,6 @@ class Meter:
             step: As in `Reading`.
             phase: As in `Reading`.
             batch_tokens: As in `Reading`.
-
-        Raises:
-            pynvml.NVMLError: The driver does not answer; the next readings do without it.
         """
         time_s = time.perf_counter() - self._began
         readings = self._of_card() or self._of_device(time_s)
@@ -98,7 +95,7 @@ class Meter:
             time_s=time_s,
             phase=phase,
             batch_tokens=batch_tokens,
-            host_rss_bytes=_host().memory_info().rss,
+            host_rss_bytes=host.rss_bytes(),
             **readings,
         )
 
@@ -116,7 +113,7 @@ class Meter:
         if stats is None:
             return {}
         peak_allocated, peak_reserved = self._peaks_of(stats)
-        found = {
+        return {
             "allocated_bytes": stats.allocated_bytes,
             "reserved_bytes": stats.reserved_bytes,
             "peak_allocated_bytes": peak_allocated,
@@ -124,13 +121,19 @@ class Meter:
             "active_bytes": stats.active_bytes,
             "inactive_split_bytes": stats.inactive_split_bytes,
             "alloc_retries": stats.alloc_retries,
-            "device_used_bytes": device.used_bytes(),
+            **self._of_driver(time_s),
         }
-        if time_s >= self._process_due_s:
-            self._process_due_s = math.inf  # where it fails it is not asked again
-            found["process_bytes"] = device.process_bytes()
-            self._process_due_s = time_s + _PROCESS_EVERY_S
-        return found
+
+    def _of_driver(self, time_s: float) -> dict[str, int | None]:
+        if time_s >= self._driver_due_s:
+            self._driver_due_s = time_s + _DRIVER_EVERY_S
+            self._driver["device_used_bytes"] = device.used_bytes()
+            if self._nvml_answers:
+                self._nvml_answers = False
+                with self._quiet:
+                    self._driver["process_bytes"] = device.process_bytes()
+                    self._nvml_answers = True
+        return self._driver
 
     def _peaks_of(self, stats: device.AllocatorStats) -> tuple[int | None, int | None]:
         found = stats.peak_allocated_bytes, stats.peak_reserved_bytes
@@ -152,13 +155,14 @@ def card_total_bytes() -> int | None:
     return device.usable_bytes() if card is None else card.capacity_bytes
 
 
+def allocated_bytes() -> int | None:
+    """Live tensors on the device, or on the `VirtualCard` in force; `None` without either."""
+    card = entered.current()
+    return device.allocated_and_reserved_bytes()[0] if card is None else card.allocated_bytes
+
+
 def device_name() -> str:
     """The device's name; `"VirtualCard"` or `"cpu"` without one."""
     if entered.current() is not None:
         return "VirtualCard"
     return device.current_name() or "cpu"
-
-
-@cache
-def _host() -> psutil.Process:
-    return psutil.Process()

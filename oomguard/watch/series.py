@@ -79,13 +79,17 @@ class Series:
         """What is kept, in the order in which it came."""
         return list(self._breakdowns)
 
-    def until(self, step: int) -> Series:
-        """What was read no later than `step`, for a run that goes on from there."""
-        found = Series(self.device, self.card_total_bytes)
-        for phase, thinned in self._phases.items():
-            found._phases[phase].rows = [row for row in thinned.rows if row.step <= step]
-        found._breakdowns = [entry for entry in self._breakdowns if entry.step <= step]
-        return found
+    @property
+    def time_s(self) -> float:
+        """When the latest reading was taken; 0 before the first."""
+        latest = (thinned.rows[-1].time_s for thinned in self._phases.values() if thinned.rows)
+        return max(latest, default=0.0)
+
+    def go_on(self, earlier: Series, step: int) -> None:
+        """Put before the first reading what an earlier run had read up to `step`."""
+        for phase, thinned in earlier._phases.items():
+            self._phases[phase].rows = [row for row in thinned.rows if row.step <= step]
+        self._breakdowns = [entry for entry in earlier.breakdowns if entry.step <= step]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: beside its place first, so that there is a whole one at any time.
@@ -98,12 +102,12 @@ class Series:
 
         readings, path = self.readings, Path(path)
         columns = {field.name: [getattr(row, field.name) for row in readings] for field in _FIELDS}
-        table = pa.table(columns, schema=_schema(pa).with_metadata(self._metadata()))
+        table = pa.table(columns, schema=_layout(pa).with_metadata(self._metadata()))
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with beside.open("wb") as file:
-                parquet.write_table(table, file)
+                parquet.write_table(table, file, use_dictionary=False)  # five times as fast
             beside.replace(path)
         finally:
             with suppress(OSError):
@@ -134,7 +138,7 @@ class Series:
             told = {key.decode(): value for key, value in (table.schema.metadata or {}).items()}
             read = {name: json.loads(told[_KEY + name]) for name in _TOLD}
             series = cls(read["device"], read["card_total_bytes"])
-            for row in table.cast(_schema(pa)).to_pylist():
+            for row in table.cast(_layout(pa)).to_pylist():
                 series._phases[row["phase"]].rows.append(Reading(**row))
             series._breakdowns = [Breakdown(**entry) for entry in read["breakdowns"]]
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
@@ -150,7 +154,7 @@ _FIELDS = fields(Reading)
 _TOLD = ("card_total_bytes", "device", "breakdowns")
 
 
-def _schema(pa: Any) -> Any:
+def _layout(pa: Any) -> Any:
     def kind(name: str) -> Any:
         return pa.string() if name in _TEXT else pa.float64() if name in _FLOAT else pa.int64()
 
@@ -168,18 +172,19 @@ class _Thinned:
 
     def add(self, reading: Reading) -> None:
         if self.rows and self._in_last < self._per_row:
-            self.rows[-1] = _merged(self.rows[-1], reading)
+            self.rows[-1] = merged(self.rows[-1], reading)
             self._in_last += 1
             return
         while len(self.rows) >= self._max_rows:
             pairs = zip_longest(self.rows[::2], self.rows[1::2])
-            self.rows = [_merged(one, other) if other else one for one, other in pairs]
+            self.rows = [merged(one, other) if other else one for one, other in pairs]
             self._per_row *= 2
         self.rows.append(reading)
         self._in_last = 1
 
 
-def _merged(earlier: Reading, later: Reading) -> Reading:
+def merged(earlier: Reading, later: Reading) -> Reading:
+    """One reading in the place of two: the later one, with the higher of their peaks."""
     allocated = _highest(earlier.peak_allocated_bytes, later.peak_allocated_bytes)
     reserved = _highest(earlier.peak_reserved_bytes, later.peak_reserved_bytes)
     if (allocated, reserved) == (later.peak_allocated_bytes, later.peak_reserved_bytes):
