@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
@@ -24,8 +26,6 @@ from tests import kinds, preferences, tiny, traces, twin
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    import torch
 
     from oomguard.plan import Plan
 
@@ -106,16 +106,45 @@ def test_a_trial_of_a_plan_leaves_no_trace(tmp_path: Path, name: str) -> None:
     assert traces.differences(before, traces.of(trainer, tmp_path)) == []
 
 
+def given_an_optimizer(folder: Path) -> Any:
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    arguments = {"optimizers": (optimizer, schedule)}
+    return sft(folder, model=model, lora=None, trainer_arguments=arguments, eval_strategy="no")
+
+
+class Augmented(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """Rows that are cut at random, by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(7)
+        self.rows = kinds.encoded()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        keep = int(self.generator.integers(8, 48))
+        return {key: values[:keep] for key, values in self.rows[index].items()}
+
+
+def augmented(folder: Path) -> Any:
+    return kinds.make(folder, rows=Augmented(), save_strategy="steps")
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        given_an_optimizer,
+        augmented,
         kinds.masked_lm,
         kinds.seq2seq,
         partial(preferences.dpo, reference="model"),
         partial(sft, packing=True, activation_checkpointing=True),
         partial(sft, neftune_noise_alpha=5.0, optim="adamw_8bit", bf16=True),
     ],
-    ids=["masked", "seq2seq", "dpo", "packed", "neftune"],
+    ids=["optimizer", "data", "masked", "seq2seq", "dpo", "packed", "neftune"],
 )
 def test_a_trial_of_any_trainer_leaves_no_trace(
     tmp_path: Path, build: Callable[[Path], Any]

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from oomguard.plan import Plan
 
-_LARGEST = 100_000  # entries of a dictionary that is the trainer's own; what is larger is data
+_LARGEST = 100_000  # entries of a container that is the trainer's own; what is larger is data
+_DATA = ("train_dataset", "eval_dataset")
 _SILENT: dict[str, Any] = {
     "eval_strategy": IntervalStrategy.NO,  # evaluation and save are asked for by `watch`
     "save_strategy": SaveStrategy.NO,
@@ -128,7 +129,7 @@ def make(trainer: Any, plan: Plan, folder: Path, watch: TrainerCallback) -> Any:
     double = copy.copy(trainer)
     own: Any = type(trainer)
     double.__class__ = type(own.__name__, (Double, own), {"__module__": own.__module__})
-    vars(double).update({name: _own(value) for name, value in vars(trainer).items()})
+    vars(double).update({k: _own(v) for k, v in vars(trainer).items() if k not in _DATA})
     before = read_plan(trainer)
     double.args = _arguments(trainer.args, plan, folder)
     double.model_init = None  # the model is there
@@ -153,6 +154,7 @@ def make(trainer: Any, plan: Plan, folder: Path, watch: TrainerCallback) -> Any:
         if trainer.compute_metrics is not None:
             double.compute_metrics = _no_metrics
     double.create_accelerator_and_postprocess()
+    _scale_by_one(double.accelerator.scaler)
     levers = Levers(double, own.compute_loss)
     if before.gradient_checkpointing and not plan.gradient_checkpointing:
         activations.disable(double)
@@ -177,13 +179,14 @@ def evaluates(trainer: Any) -> bool:
 
 def _own(value: Any) -> Any:
     """Containers within containers copied, and all else shared."""
-    if type(value) in {list, set, deque}:
-        return type(value)(map(_own, value)) if type(value) is not deque else copy.copy(value)
-    if isinstance(value, dict) and len(value) < _LARGEST:
-        made = copy.copy(value)
+    if not isinstance(value, (list, set, deque, dict)) or len(value) > _LARGEST:
+        return value
+    made: Any = copy.copy(value)
+    if isinstance(value, dict):
         made.update({key: _own(inner) for key, inner in value.items()})
-        return made
-    return value
+    elif isinstance(value, list):
+        made[:] = map(_own, value)
+    return made
 
 
 def _arguments(args: Any, plan: Plan, folder: Path) -> Any:
@@ -209,6 +212,12 @@ def _largest(datasets: Any) -> Any:
     if not isinstance(datasets, dict):
         return datasets
     return max(datasets.values(), key=longest_row)
+
+
+def _scale_by_one(scaler: Any) -> None:
+    """Have fp16 make every step: one that overflows is skipped, and then moments are missing."""
+    if scaler is not None:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 1.0})
 
 
 def _no_metrics(*args: Any, **kwargs: Any) -> dict[str, float]:

@@ -32,8 +32,8 @@ class Keepsake:
     Remembered are the values of trained weights and of buffers, in the host's memory; gradients;
     which parameters are trained; modes, hooks and every other attribute of the modules; their
     configs; collator, tokenizer, the optimizer and schedule that the user made; accelerate's state
-    of the process; bitsandbytes' lists of overrides and of paged memory; random numbers. Frozen
-    weights are not copied: nothing trains them.
+    of the process; bitsandbytes' lists of overrides and of paged memory; random numbers, those of
+    collators and data sets too. Frozen weights are not copied: nothing trains them.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -48,6 +48,8 @@ class Keepsake:
             self._model(trainer.model)
             for owner in _owners(trainer):
                 self._object(owner)
+            for dataset in (trainer.train_dataset, trainer.eval_dataset):
+                self._generators(getattr(dataset, "__dict__", {}))
             self._paged()
             # The last to be put back: what is done before may draw.
             self._undo.insert(0, partial(rng.restore, rng.snapshot()))
@@ -82,10 +84,15 @@ class Keepsake:
         for value in list(container.values() if isinstance(container, dict) else container):
             if isinstance(value, _CONTAINERS):
                 self._container(value)
-            elif isinstance(value, _GENERATORS):
-                self._once(value, partial(_generator, value))
             elif _is_config(value):
                 self._object(value)
+        if isinstance(container, dict):
+            self._generators(container)
+
+    def _generators(self, values: dict[str, Any]) -> None:
+        for value in values.values():
+            if isinstance(value, _GENERATORS):
+                self._once(value, partial(_generator, value))
 
     def _paged(self) -> None:
         if find_spec("bitsandbytes") is None:
