@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 datasets.disable_progress_bars()
 
 ROOMY = "1 GiB"
-SAMPLE = 9  # allocations of the default run, spread over the trial
+SAMPLED = 101  # of so many allocations one fails in the default run
+PARTS = 8  # of the exhaustive test, so that all cores take part
 
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -156,26 +157,31 @@ def test_a_trial_of_any_trainer_leaves_no_trace(
     assert traces.differences(before, traces.of(trainer, tmp_path)) == []
 
 
-def every(allocations: int, count: int) -> list[int]:
-    """`count` numbers of allocations, the first and the last among them."""
-    return [1 + (allocations - 1) * index // (count - 1) for index in range(count)]
-
-
-@pytest.mark.parametrize("count", [SAMPLE, pytest.param(10**6, marks=pytest.mark.slow)])
-def test_a_trial_that_dies_at_any_allocation_leaves_no_trace(tmp_path: Path, count: int) -> None:
-    trainer = short(tmp_path)
+def phases_of_deaths(folder: Path, pick: slice) -> set[str | None]:
+    """Where trials died whose allocations `pick` of all failed; fails where one left a trace."""
+    trainer = short(folder)
     _, allocations = tried(trainer)
-    before = traces.of(trainer, tmp_path)
+    before = traces.of(trainer, folder)
     phases = set()
-    for number in every(allocations, min(count, allocations)):
+    for number in range(1, allocations + 1)[pick]:
         trial, _ = tried(trainer, fail_at=number)
         assert not trial.fits
         assert str(trial.error).startswith("CUDA out of memory")
         phases.add(trial.phase)
-        found = traces.differences(before, traces.of(trainer, tmp_path))
+        found = traces.differences(before, traces.of(trainer, folder))
         assert found == [], f"allocation {number} of {allocations} failed in {trial.phase}"
-    assert phases >= {"setup", "step"}
-    assert count == SAMPLE or phases == {"setup", "step", "optimizer", "save"}
+    return phases
+
+
+def test_a_trial_that_dies_leaves_no_trace(tmp_path: Path) -> None:
+    assert phases_of_deaths(tmp_path, slice(0, None, SAMPLED)) >= {"setup", "step"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_trial_that_dies_at_any_allocation_leaves_no_trace(tmp_path: Path, part: int) -> None:
+    phases = phases_of_deaths(tmp_path, slice(part, None, PARTS))
+    assert phases >= {"step", "optimizer"}
 
 
 def test_memory_that_a_trial_gave_away_is_asked_for_until_it_is_there(tmp_path: Path) -> None:
@@ -318,3 +324,20 @@ def test_upstream_still_reads_what_a_double_sets() -> None:
     assert "self._get_train_sampler" in loader
     assert "self._memory_tracker = TrainerMemoryTracker(" in inspect.getsource(Trainer.__init__)
     assert "self.control.should_save" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_trial_leaves_no_trace_and_a_small_card_kills_it(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, use_cpu=False, dataset=tiny.text_dataset(64))
+    plan = read_plan(trainer)
+    assert refusal(trainer, plan) is None
+    before = traces.of(trainer, tmp_path)
+    ran = run_trial(trainer, plan)
+    assert ran.fits
+    assert ran.device_bytes is not None
+    assert ran.device_bytes > ran.peak_allocated_bytes
+    assert traces.differences(before, traces.of(trainer, tmp_path)) == []
+    outside = ran.device_bytes - (ran.peak_reserved_bytes or 0)
+    died = run_trial(trainer, plan, card_bytes=outside + ran.peak_allocated_bytes // 2)
+    assert not died.fits
+    assert traces.differences(before, traces.of(trainer, tmp_path)) == []
