@@ -150,11 +150,12 @@ def paged(bench: Bench) -> Result:
 
 def exact(bench: Bench) -> Result:
     """LoRA in bf16: checkpoints, then offloaded ones, against twins without a guard."""
-    compared = Comparison.start(bench, bench.scale.lora("full " * 5))
+    job = bench.scale.lora("full " * 5)
+    compared = Comparison.start(bench, job)
     rungs = Ladder(CheckpointActivations(), OffloadActivations())
     if bench.scale.tiny:
         rungs = Ladder(CheckpointActivations())
-    trial, _ = descend(bench, compared.job, rungs, rungs=len(rungs))
+    trial, _ = descend(bench, job, rungs, rungs=len(rungs))
     row = compared.judge("both rungs", trial)
     row["losses_floor"] = compared.loss_floor
     names = [recovery.rung for recovery in _taken(trial)]

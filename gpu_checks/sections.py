@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_checks.trial import (
     SqueezeOptimizer,
     Toggle,
+    Trainable,
     Trial,
     largest_difference,
     losses_apart,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gpu_checks.card import Session
-    from gpu_checks.workload import CheckedTrainer, Job, Scale
+    from gpu_checks.workload import CheckedTrainer, Scale
 
     Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ class Bench:
     new_session: Callable[[], Session]
     scale: Scale
 
-    def run(self, job: Job, **how: Any) -> Trial:
+    def run(self, job: Trainable, **how: Any) -> Trial:
         """See `gpu_checks.trial.run`."""
         return run(self.new_session, job, **how)
 
@@ -78,7 +79,7 @@ class Comparison:
         loss_floor: How far the losses of two twins are apart at the most.
     """
 
-    job: Job
+    job: Trainable
     twin: Trial
     floor: float
     update_floor: float
@@ -88,7 +89,7 @@ class Comparison:
     loss_floor: float = 0.0
 
     @classmethod
-    def start(cls, bench: Bench, job: Job, **how: Any) -> Comparison:
+    def start(cls, bench: Bench, job: Trainable, **how: Any) -> Comparison:
         """Train twice without a guard: how far apart do the two end?"""
         first, twin = bench.run(job, **how), bench.run(job, **how)
         floors = largest_difference(first, twin), update_difference(first, twin)
@@ -155,7 +156,7 @@ def _recovery_row(name: str, recovery: Any) -> Row:
         "phase": event.phase,
         "asked_bytes": event.asked_bytes,
         "free_bytes": event.free_bytes,
-        "rung": recovery.rung or "released memory",
+        "rung": recovery.rung or recovery.change or "released memory",
         "fidelity": None if recovery.fidelity is None else recovery.fidelity.value,
         "change": recovery.before.describe_change(recovery.after),
         "lost_s": recovery.seconds_lost,

@@ -8,25 +8,39 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from gpu_checks.workload import build_trainer
 from oomguard import Guard, OomguardError, oom
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gpu_checks.card import Session
-    from gpu_checks.workload import CheckedTrainer, Job
+    from gpu_checks.workload import CheckedTrainer
     from oomguard import Ladder, Report
 
     Weight = np.ndarray[Any, np.dtype[Any]]
     Weights = dict[str, Weight]
     Prepare = Callable[[CheckedTrainer, Session], None]
+
+
+class Trainable(Protocol):
+    """What can be trained here."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+
+    @property
+    def train(self) -> str:
+        """Mixed precision, a key of `workload.PRECISION`."""
+
+    def build(self, folder: Path, callbacks: list[TrainerCallback]) -> Any:
+        """A trainer with a fresh model; the same weights every time."""
 
 
 class Meter(TrainerCallback):
@@ -119,6 +133,7 @@ class Trial:
         loss_scale: Where the gradient scaler ended; `None` without one.
         report: What the guard did; `None` without one.
         error: What ended the run early.
+        evaluations: The metrics of each evaluation.
         before_bytes: Live before the model was made; `trained_bytes` when training had ended,
             `after_bytes` when model and trainer were gone.
     """
@@ -136,6 +151,7 @@ class Trial:
     report: Report | None
     error: str | None
     trained_bytes: int
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     before_bytes: int = 0
     after_bytes: int = 0
 
@@ -151,7 +167,7 @@ class Trial:
 
 def run(
     new_session: Callable[[], Session],
-    job: Job,
+    job: Trainable,
     *,
     ladder: Ladder | str | None = None,
     limit_bytes: int | None = None,
@@ -176,10 +192,14 @@ def run(
 
 
 def _train(
-    session: Session, job: Job, folder: Path, ladder: Ladder | str | None, prepare: Prepare | None
+    session: Session,
+    job: Trainable,
+    folder: Path,
+    ladder: Ladder | str | None,
+    prepare: Prepare | None,
 ) -> Trial:
     meter = Meter(session)
-    trainer = build_trainer(job, folder, [meter])
+    trainer = job.build(folder, [meter])
     if prepare is not None:
         prepare(trainer, session)
     initial = _weights(trainer)
@@ -210,6 +230,7 @@ def _train(
         report=None if guard is None else guard.report,
         error=error,
         trained_bytes=trained_bytes,
+        evaluations=[line for line in trainer.state.log_history if "eval_loss" in line],
     )
 
 

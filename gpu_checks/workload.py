@@ -109,6 +109,10 @@ class Job:
         """Optimizer steps."""
         return len(self.batches) // self.accumulation
 
+    def build(self, folder: Path, callbacks: list[TrainerCallback]) -> CheckedTrainer:
+        """See `build_trainer`."""
+        return build_trainer(self, folder, callbacks)
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -221,12 +225,12 @@ class CheckedTrainer(SFTTrainer):
 def build_trainer(job: Job, folder: Path, callbacks: list[TrainerCallback]) -> CheckedTrainer:
     """A trainer of `job` with a fresh model; the same weights every time."""
     vocabulary = 512 if job.on_cpu else 8192
-    rows = _cut(vocabulary, [length for batch in job.batches for length in batch])
+    rows = cut(vocabulary, [length for batch in job.batches for length in batch])
     trainer = CheckedTrainer(
-        model=_model(job),
+        model=model(job),
         args=_arguments(job, folder),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=_tokenizer(vocabulary),
+        processing_class=tokenizer(vocabulary),
         peft_config=_adapters(job.rank) if job.lora else None,
         callbacks=callbacks,
     )
@@ -262,7 +266,8 @@ def _adapters(rank: int) -> LoraConfig:
     )
 
 
-def _model(job: Job) -> Any:
+def model(job: Job) -> Any:
+    """The model of `job` on its device; the same weights every time."""
     config = LlamaConfig(
         **job.model,
         pad_token_id=0,
@@ -278,30 +283,31 @@ def _model(job: Job) -> Any:
 
 
 @cache
-def _text() -> str:
+def text() -> str:
     """The topics of Python's language reference, which come with every Python."""
     topics: dict[str, str] = pydoc_data.topics.topics
     return "\n\n".join(topics.values())
 
 
 @cache
-def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of that many tokens, trained on the text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
     special = ["<pad>", "<eos>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, show_progress=False
     )
-    bpe.train_from_iterator(_text().split("\n"), trainer)
+    bpe.train_from_iterator(text().split("\n"), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
 
 
 @cache
 def _tokens(vocabulary: int) -> tuple[int, ...]:
-    return tuple(_tokenizer(vocabulary)(_text())["input_ids"])
+    return tuple(tokenizer(vocabulary)(text())["input_ids"])
 
 
-def _cut(vocabulary: int, lengths: list[int]) -> list[list[int]]:
+def cut(vocabulary: int, lengths: list[int]) -> list[list[int]]:
     """One piece of the text after another; from its start again when it ends."""
     source = cycle(_tokens(vocabulary))
     return [list(islice(source, length)) for length in lengths]

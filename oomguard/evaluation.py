@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from oomguard import oom, rng
+from oomguard.event import half_of
 from oomguard.levers import loss, metrics, outputs
 from oomguard.levers.batch import CannotActError, measure
 from oomguard.levers.merged_metrics import merged
@@ -171,8 +172,6 @@ class Evaluation:
         except CannotActError as error:
             self._refusal = str(error)
             return failed, None
-        half = -(-shape.units // 2)
-        padded = shape.tokens == shape.units * shape.width
-        limit = half * shape.width if padded else max(1, -(-shape.tokens // 2))
+        half, limit, _ = half_of(shape.units, shape.width, shape.tokens)
         self._limit = min(limit, self._limit or limit)
         return failed, f"eval batch {shape.units} -> {half}"

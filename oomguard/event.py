@@ -44,3 +44,20 @@ class OOMEvent:
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON types."""
         return asdict(self)
+
+
+def half_of(units: int, width: int, tokens: int) -> tuple[int, int, bool]:
+    """Half of a pass.
+
+    Args:
+        units: What it can be cut between: rows, pairs of rows, documents of a flat row.
+        width: Tokens of its longest row.
+        tokens: What it holds, padding included.
+
+    Returns:
+        Half of the units, rounded up; the tokens that they may hold; and whether the units are all
+        of one length, being padded. Those of a flat row are not: half of its tokens is the limit.
+    """
+    half = -(-units // 2)
+    padded = tokens % (units * width) == 0  # a unit is a row, or a pair of them
+    return half, half * (tokens // units) if padded else max(1, -(-tokens // 2)), padded

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from oomguard.errors import ConfigurationError
+from oomguard.event import half_of
 from oomguard.rung import Fidelity, Rung
 
 if TYPE_CHECKING:
@@ -103,12 +104,10 @@ class SplitBatch(Rung):
         if units < 2 or width is None:
             return None
         tokens = event.tokens if event.tokens is not None else units * width
-        half_units = -(-units // 2)
-        padded = tokens % (units * width) == 0  # a unit is a row, or a pair of them
-        limit = half_units * (tokens // units) if padded else max(1, -(-tokens // 2))
+        half, limit, padded = half_of(units, width, tokens)
         return replace(
             plan,
-            micro_batch_size=min(rows, half_units) if padded else -(-rows // 2),
+            micro_batch_size=min(rows, half) if padded else -(-rows // 2),
             max_pass_tokens=min(limit, plan.max_pass_tokens or limit),
         )
 

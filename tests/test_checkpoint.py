@@ -49,6 +49,7 @@ FAILURES = {"no rung": 0, "passes": 3, "optimizer": 1, "adapters": 2, "everythin
 CASES = [
     *(("LoRA", ladder) for ladder in LADDERS),
     ("QLoRA", "everything"),
+    ("PiSSA", "everything"),
     ("full", "optimizer"),
 ]
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from oomguard.plan import Plan
 
 PHASES = {"setup", "fetch", "forward", "backward", "clip", "optimizer", "bookkeeping"}
+PARTS = 16  # of the exhaustive tests, so that all cores take part
 SAMPLE = 25  # allocations of the default run, spread over the step, besides one of each phase
 
 LORA = LoraConfig(
@@ -181,20 +182,24 @@ def test_any_allocation_may_fail_and_the_next_one_with_packed_batches() -> None:
 
 
 @pytest.mark.slow
-def test_every_allocation_may_fail(step: Step, capsys: pytest.CaptureFixture[str]) -> None:
-    every = range(1, step.allocations + 1)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_allocation_may_fail(
+    part: int, step: Step, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = range(1 + part, step.allocations + 1, PARTS)
     found = faults_that_show(step, [(k,) for k in every], "default")
     with capsys.disabled():
-        print(f"\n{step.allocations} allocations failed one by one: {Counter(step.phases)}")
+        print(f"\n{len(every)} of {step.allocations} allocations failed: {Counter(step.phases)}")
     assert not found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 def test_every_second_failure_in_a_row_is_made_good(
-    step: Step, capsys: pytest.CaptureFixture[str]
+    part: int, step: Step, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    every = range(1, step.allocations)
+    every = range(1 + part, step.allocations, PARTS)
     found = faults_that_show(step, [(k, k + 1) for k in every], NEVER_SPENT)
     with capsys.disabled():
-        print(f"\n{len(every)} pairs of neighbouring allocations failed")
+        print(f"\n{len(every)} of {step.allocations - 1} pairs of neighbouring ones failed")
     assert not found

@@ -22,7 +22,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

@@ -52,6 +52,12 @@ def lora(folder: Path, **changes: Any) -> Trainer:
     return sft(folder, model=tiny.llama(**SIZES), lora=ADAPTERS, **{"max_steps": 4, **changes})
 
 
+def pissa(folder: Path, **changes: Any) -> Trainer:
+    adapters = LoraConfig(**{**ADAPTERS.to_dict(), "init_lora_weights": "pissa"})
+    model = tiny.llama(**SIZES)
+    return sft(folder, model=model, lora=adapters, **{"max_steps": 4, **changes})
+
+
 def full(folder: Path, **changes: Any) -> Trainer:
     return sft(folder, model=tiny.llama(**SIZES), lora=None, max_steps=4, **changes)
 
@@ -83,6 +89,7 @@ def qlora_wrapped(folder: Path, **changes: Any) -> Trainer:
 
 BUILDS: dict[str, Build] = {
     "LoRA": lora,
+    "PiSSA": pissa,
     "QLoRA": partial(qlora, prepared=False),
     "QLoRA prepared": partial(qlora, prepared=True),
     "QLoRA by path": qlora_by_path,
@@ -95,12 +102,13 @@ RUNGS: dict[str, Rung] = {
     "NarrowTargets at once": NarrowTargets(at_once=True),
     "LowerRank": LowerRank(),
 }
-CASES = [
-    (build, rung)
-    for build in BUILDS
-    for rung in RUNGS
-    if build not in {"full", "QLoRA wrapped"} or rung == "PageOptimizer8bit"
-]
+# The others are the same for them.
+ONLY = {
+    "full": {"PageOptimizer8bit"},
+    "QLoRA wrapped": {"PageOptimizer8bit"},
+    "PiSSA": {"LowerRank"},
+}
+CASES = [(build, rung) for build in BUILDS for rung in RUNGS if rung in ONLY.get(build, RUNGS)]
 
 
 class Take(TrainerCallback):
@@ -108,13 +116,14 @@ class Take(TrainerCallback):
 
     def __init__(self, trainer: Any, rung: Rung) -> None:
         self.trainer, self.rung = trainer, rung
+        self.levers = Levers(trainer, trainer.compute_loss)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1:
             before = read_plan(self.trainer)
             after = self.rung(before, OOMEvent(phase="forward", step=2))
             assert after is not None
-            Levers(self.trainer, self.trainer.compute_loss).apply(before, after)
+            self.levers.apply(before, after)
 
 
 @cache

@@ -14,6 +14,7 @@ from oomguard import oom
 from oomguard.levers import activations, adapter, loss, optimizer, rank, trl_losses
 from oomguard.levers.batch import CannotActError
 from oomguard.levers.micro_batch import split
+from oomguard.levers.residual import Residuals
 from oomguard.levers.sequence import shorten
 from oomguard.plan import Plan
 
@@ -72,6 +73,7 @@ class Levers:
         self.pairs = trl_losses.in_pairs(trainer)
         self.split_loss: loss.SplitLoss | None = None
         self._frozen: list[Any] = []
+        self._residuals = Residuals(trainer)
 
     def refusal(self, before: Plan, after: Plan, window: Window, index: int) -> str | None:
         """Why the trainer cannot go from `before` to `after`, or `None`.
@@ -120,7 +122,7 @@ class Levers:
         if "target_modules" in changed:
             self._frozen += adapter.freeze(trainer, after.target_modules or ())
         if "lora_r" in changed and after.lora_r is not None:
-            rank.lower(trainer, after.lora_r)
+            rank.lower(trainer, after.lora_r, self._residuals)
 
     def hold(self) -> None:
         """Keep frozen what was frozen: PEFT unfreezes adapters that are switched off and on."""
@@ -151,6 +153,11 @@ class Levers:
         if not window.batches:
             return "no batch has been seen yet"
         return self.refuses_split(window[index], window.num_items)
+
+    def _refuses_rank(self, after: Plan, window: Window, index: int) -> str | None:
+        if after.lora_r is None:
+            return "a rank cannot be taken away"
+        return rank.refusal(self._trainer, after.lora_r, self._residuals)
 
     def _refuses_length(self, after: Plan, window: Window, index: int) -> str | None:
         model: Any = activations.base_model(self._trainer)
@@ -203,7 +210,7 @@ _OBEYED: dict[str, Callable[[Levers, Plan, Window, int], str | None]] = {
     "offload_activations": _ask(activations.refuses_offload),
     "optim": _ask(optimizer.refusal, "optim"),
     "target_modules": _ask(adapter.refusal, "target_modules"),
-    "lora_r": _ask(rank.refusal, "lora_r"),
+    "lora_r": Levers._refuses_rank,
     "max_length": Levers._refuses_length,
     "max_pass_tokens": Levers._refuses_passes,
     "cache_released_step": lambda *_: None,

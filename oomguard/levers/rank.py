@@ -14,6 +14,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from oomguard.levers import moments
 from oomguard.levers.activations import peft_model
 from oomguard.levers.adapter import Adapter, inner_optimizer, trained
+from oomguard.levers.residual import Residuals, takes_from_base
 from oomguard.retry import off_card
 
 if TYPE_CHECKING:
@@ -22,12 +23,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("oomguard")
 
 _TINY = 1e-10  # singular values below this part of the largest carry nothing
-# They take what the adapter starts with out of the base weight, at the rank that the config names:
-# loading the saved adapter would do so at another rank.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def refusal(trainer: Any, rank: int) -> str | None:
+def refusal(trainer: Any, rank: int, residuals: Residuals) -> str | None:
     """Why no adapter can be brought down to `rank`, or `None`."""
     optimizer = inner_optimizer(trainer)
     if optimizer is not None:
@@ -40,7 +38,7 @@ def refusal(trainer: Any, rank: int) -> str | None:
     for adapter in trained(trainer):
         if adapter.rank <= rank:
             continue
-        reason = _refuses(trainer, adapter)
+        reason = residuals.refusal(trainer, adapter) or _refuses(adapter)
         if reason is not None:
             return f"{adapter.path}: {reason}"
         factors = {id(p) for p in adapter.factors}
@@ -50,10 +48,7 @@ def refusal(trainer: Any, rank: int) -> str | None:
     return None
 
 
-def _refuses(trainer: Any, adapter: Adapter) -> str | None:
-    init = peft_model(trainer).peft_config[adapter.key].init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        return f"init_lora_weights={init!r} ties the base weight to the rank it began with"
+def _refuses(adapter: Adapter) -> str | None:
     variant = adapter.layer.lora_variant.get(adapter.key)
     magnitude = adapter.layer.lora_magnitude_vector
     if variant is not None and not (
@@ -68,7 +63,7 @@ def _refuses(trainer: Any, adapter: Adapter) -> str | None:
 
 
 @torch.no_grad()
-def lower(trainer: Any, rank: int) -> dict[str, float]:
+def lower(trainer: Any, rank: int, residuals: Residuals) -> dict[str, float]:
     """Bring every trained adapter with a larger rank down to `rank`, layer by layer.
 
     The weights stay the same `Parameter` objects, so that the optimizer goes on with them. All is
@@ -83,7 +78,7 @@ def lower(trainer: Any, rank: int) -> dict[str, float]:
     adapters = trained(trainer)
     for adapter in adapters:
         if adapter.rank > rank:
-            lost[adapter.path] = _lower(adapter, rank, optimizer)
+            lost[adapter.path] = _lower(adapter, rank, optimizer, residuals)
     for key in {adapter.key for adapter in adapters}:
         rewrite_config(trainer, key)
     if lost:
@@ -98,12 +93,20 @@ def lower(trainer: Any, rank: int) -> dict[str, float]:
     return lost
 
 
-def _lower(adapter: Adapter, rank: int, optimizer: Any) -> float:
+def _lower(adapter: Adapter, rank: int, optimizer: Any, residuals: Residuals) -> float:
     a, b = adapter.factors
+    given = residuals.give_back(adapter, rank)
     with off_card():
         old_a, old_b = a.detach().cpu().double(), b.detach().cpu().double()
-        outer, inner, lost = maps(old_a, old_b, rank)
-        new_a, new_b = inner @ old_a, old_b @ outer
+        whole_a, whole_b = old_a, old_b
+        if given is not None:  # the base weight has it now
+            whole_a = torch.cat([old_a, given[0]])
+            whole_b = torch.cat([old_b, -given[1]], dim=1)
+        outer, inner, lost = maps(whole_a, whole_b, rank)
+        new_a, new_b = inner @ whole_a, whole_b @ outer
+        if given is not None:  # the nearest there is to new_b = old_b @ outer, and so on
+            outer = torch.linalg.lstsq(old_b, new_b).solution
+            inner = torch.linalg.lstsq(old_a.T, new_a.T).solution.T
     # The gradient of the new A is outer^T times the old one's, that of the new B is the old one's
     # times inner^T: both factors of the product B @ outer @ inner @ A.
     _replace(optimizer, a, new_a, left=outer.T, right=None)
@@ -204,5 +207,6 @@ def rewrite_config(trainer: Any, key: str) -> None:
     config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config.rank_pattern = {p: r for p, r in ranks.items() if r != config.r}
     config.alpha_pattern = {p: a for p, a in alphas.items() if a != config.lora_alpha}
-    if isinstance(config.init_lora_weights, str):
+    init = config.init_lora_weights
+    if isinstance(init, str) and not takes_from_base(init):
         config.init_lora_weights = True  # another init may not exist at this rank
