@@ -46,8 +46,26 @@ class CardSearch:
             total, there = self._budget.total_bytes, here.total_bytes
             if total > there:
                 return f"the card is larger than the {format_bytes(there)} of this GPU"
-        start = self._subject.own_limit(self._space.variants[0])
-        return refusal(self._subject.trainer, start)
+        if self._space.maximize == "lora_r":
+            return "the adapters are there, and get no higher rank"
+        reason = self._refusal(self._space.variants[0])
+        if reason is None:
+            self._space = self._feasible()
+        return reason
+
+    def _refusal(self, plan: Plan) -> str | None:
+        return refusal(self._subject.trainer, self._subject.own_limit(plan))
+
+    def _feasible(self) -> Space:
+        """The plans that the trainer can be brought to."""
+        first, *others = self._space.variants
+        variants = (first, *(plan for plan in others if self._refusal(plan) is None))
+        axes = tuple(
+            axis
+            for axis in self._space.axes
+            if self._refusal(self._space.at(first, axis.name, axis.values[0])) is None
+        )
+        return replace(self._space, variants=variants, axes=axes)
 
     def estimated(self) -> SearchResult:
         """The largest plan by the estimates."""

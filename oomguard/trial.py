@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from oomguard import hooks, oom
+from oomguard.errors import ConfigurationError
 from oomguard.levers import double, trl_losses
 from oomguard.levers.adapter import inner_optimizer
+from oomguard.levers.batch import CannotActError
 from oomguard.levers.keepsake import Keepsake
 from oomguard.levers.live import read_plan
 from oomguard.levers.longest import has_rows
@@ -136,11 +138,12 @@ def refusal(trainer: Any, plan: Plan) -> str | None:
     optimizer = inner_optimizer(trainer)
     if optimizer is not None and optimizer.state:
         return "it has trained already, and its optimizer's state would have to be copied"
-    return _unreachable(read_plan(trainer), plan)
+    now = read_plan(trainer)
+    return _unreachable(now, plan) or double.refusal(trainer, now, plan)
 
 
 def _unreachable(now: Plan, plan: Plan) -> str | None:
-    """Why a live trainer cannot be brought to `plan` from `now`."""
+    """Why a live trainer has nothing for `plan`."""
     for name in ("lora_r", "max_length"):
         old, new = getattr(now, name), getattr(plan, name)
         if old is not None and (new is None or new > old):
@@ -165,6 +168,9 @@ def run_trial(trainer: Any, plan: Plan, *, card_bytes: int | None = None) -> Tri
 
     Returns:
         What was measured. A trial that ran out of memory does not raise.
+
+    Raises:
+        ConfigurationError: Its rows cannot be cut to the plan's `max_length`.
     """
     began = time.perf_counter()
     keepsake = Keepsake(trainer)
@@ -211,6 +217,9 @@ def _train(
     try:
         made = double.make(trainer, plan, folder, watch)
         made.train()
+    except CannotActError as error:
+        msg = f"max_length cannot be lowered to {plan.max_length}: {error}"
+        raise ConfigurationError(msg) from error
     except (RuntimeError, MemoryError) as error:
         return oom.caught(error), None
     return None, double.pass_tokens(made)

@@ -145,6 +145,21 @@ def test_on_a_trainer_nothing_is_longer_than_its_rows(tmp_path: Path) -> None:
     assert result.plan.max_length == 96
 
 
+def test_on_a_trainer_a_higher_rank_is_only_estimated(tmp_path: Path) -> None:
+    trainer = tiny.sft_trainer(tmp_path)
+    result = found_on(ALL_ROWS, trainer, maximize="lora_r")
+    assert (result.plan.lora_r or 0) > 4
+    assert result.measured is None
+    assert "no higher rank" in " ".join(result.notes)
+
+
+def test_a_freed_setting_that_the_trainer_cannot_change_stays(tmp_path: Path) -> None:
+    trainer = tiny.sft_trainer(tmp_path, optim="sgd")
+    result = found_on(TWO_ROWS, trainer, free=("optim", "gradient_checkpointing"))
+    assert result.plan.optim == "sgd"
+    assert result.measured is not None
+
+
 def test_the_fastest_plan_is_measured(tmp_path: Path) -> None:
     trainer = tiny.sft_trainer(tmp_path)
     result = found_on(ALL_ROWS, trainer, maximize="throughput", free=("gradient_checkpointing",))

@@ -23,10 +23,12 @@ from transformers.trainer_utils import (
 )
 
 from oomguard.levers import activations
+from oomguard.levers.adapter import trained
 from oomguard.levers.batch import tokens_of
 from oomguard.levers.live import Levers, read_plan
 from oomguard.levers.longest import longest_batch, longest_row
 from oomguard.levers.micro_batch import split
+from oomguard.levers.residual import init_of, takes_from_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,6 +113,22 @@ class Cut:
         if "input_ids" in batch:
             self.tokens = max(self.tokens or 0, tokens_of(batch))
         return batch
+
+
+def refusal(trainer: Any, before: Plan, after: Plan) -> str | None:
+    """Why a double cannot go from `before` to `after`, or `None`; rows are cut as they come."""
+    if before.lora_r != after.lora_r and any(
+        takes_from_base(init_of(trainer, adapter)) for adapter in trained(trainer)
+    ):
+        return "a lower rank of adapters that were taken out of base weights changes those"
+    begins = replace(
+        after,
+        per_device_train_batch_size=before.per_device_train_batch_size,
+        gradient_accumulation_steps=before.gradient_accumulation_steps,
+    )
+    if before.gradient_checkpointing and not after.gradient_checkpointing:
+        begins = replace(begins, gradient_checkpointing=True)
+    return Levers(trainer, type(trainer).compute_loss).refuses_start(before, begins)
 
 
 def make(trainer: Any, plan: Plan, folder: Path, watch: TrainerCallback) -> Any:
