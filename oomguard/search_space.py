@@ -176,19 +176,25 @@ def fewer_rows(space: Space, plan: Plan) -> Plan | None:
 
 
 def largest(
-    values: Sequence[int], fits: Callable[[int], bool], near: int, parts: int | None = None
-) -> int | None:
-    """The largest of ascending values that fits, `None` if none does.
+    values: Sequence[int],
+    fits: Callable[[int], bool],
+    low: int = -1,
+    first: int = 0,
+    parts: int | None = None,
+) -> int:
+    """The index of the largest of ascending values that fits, -1 if none does.
 
     Args:
         values: Ascending.
         fits: True up to some value, and false above.
-        near: Index where to begin.
+        low: Index of a value that is known to fit.
+        first: Index of the value to ask for first.
         parts: How close to the limit is close enough: a value is taken if the smallest one known
             not to fit is less than this part of it away. `None`: exact.
     """
-    low, high, index = -1, len(values), min(max(near, 0), len(values) - 1)
+    high, index = len(values), first
     while high - low > 1:
+        index = min(max(index, low + 1), high - 1)
         if fits(values[index]):
             low = index
         else:
@@ -197,8 +203,8 @@ def largest(
         if parts and known and (values[high] - values[low]) * parts <= values[low]:
             break
         # Where no limit has been seen yet, twice as far.
-        index = min(high - 1, 2 * low + 1) if high == len(values) else (low + high) // 2
-    return None if low < 0 else values[low]
+        index = 2 * low + 1 if high == len(values) else (low + high) // 2
+    return low
 
 
 def _largest_plan(space: Space, variant: Plan, fits: Fits) -> Plan | None:
@@ -214,19 +220,37 @@ def _largest_plan(space: Space, variant: Plan, fits: Fits) -> Plan | None:
             lowered.append(axis)
     if not fits(plan):
         return None
-    for axis in [*reversed(lowered), *(axis for axis in space.axes if axis.grows)]:
-        most = len(axis.values) if axis.grows else axis.values.index(axis.current) + 1
-        near = axis.values.index(getattr(plan, axis.name))
-        parts = None if axis.name == "micro_batch_size" else _PARTS
-        value = largest(
-            axis.values[:most],
-            lambda value, plan=plan, name=axis.name: fits(space.at(plan, name, value)),  # type: ignore[misc]
-            near,
-            parts,
-        )
-        assert value is not None  # noqa: S101 - the plan itself fits
-        plan = space.at(plan, axis.name, value)
+    for axis in reversed(lowered):
+        below = axis.values[: axis.values.index(axis.current)]  # itself does not fit
+        plan = _raised(space, plan, axis, below, len(below) // 2, fits)
+    for axis in space.axes:
+        if axis.grows and axis not in lowered:
+            plan = _raised(space, plan, axis, axis.values, _first_guess(axis, plan), fits)
     return plan
+
+
+def _raised(
+    space: Space, plan: Plan, axis: Axis, values: Sequence[int], first: int, fits: Fits
+) -> Plan:
+    """`plan`, which fits, with the largest of the values of one axis that does."""
+    found = largest(
+        values,
+        lambda value: fits(space.at(plan, axis.name, value)),
+        values.index(getattr(plan, axis.name)),
+        first,
+        None if axis.name == "micro_batch_size" else _PARTS,
+    )
+    return space.at(plan, axis.name, values[found])
+
+
+def _first_guess(axis: Axis, plan: Plan) -> int:
+    """The index of the value to ask for first."""
+    now = getattr(plan, axis.name)
+    if axis.name != "max_length":
+        return axis.values.index(now) + 1
+    # One row more of this length did not fit: about as many tokens in these rows will not either.
+    rows = plan.per_device_train_batch_size
+    return bisect_right(axis.values, now * (rows + 1) // rows)
 
 
 def _axis(name: str, values: Sequence[int], wanted: int, *, grows: bool) -> Axis:
