@@ -9,7 +9,7 @@ import pytest
 from transformers import BertConfig
 
 from tests.test_cli import invoke
-from tests.test_search import SMALL
+from tests.test_search import WIDE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    SMALL.save_pretrained(folder)
+    WIDE.save_pretrained(folder)
     return str(folder)
 
 
