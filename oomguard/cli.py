@@ -117,6 +117,56 @@ def run(
     raise typer.Exit(status)
 
 
+@app.command(no_args_is_help=True)
+def estimate(
+    model: options.Model,
+    *,
+    quantization: options.QuantizationOption = options.Quantization.NONE,
+    dtype: options.DtypeOption = options.Dtype.BFLOAT16,
+    lora_r: options.LoraR = None,
+    target_modules: options.TargetModules = None,
+    dora: options.Dora = False,
+    rslora: options.Rslora = False,
+    full: options.Full = False,
+    batch_size: options.BatchSize = 1,
+    max_length: options.MaxLength = 1024,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    optim: options.Optim = "adamw_torch_fused",
+    attn: options.Attn = options.Attention.SDPA,
+    padded: options.Padded = False,
+    trainer: options.TrainerOption = options.TrainerName.SFT,
+    card: options.Card = None,
+    json_: Json = False,
+) -> None:
+    """Estimate the peak memory of a fine-tune: no GPU, no weights needed."""
+    with options.one_line_errors():
+        settings = options.as_settings(
+            quantization=quantization,
+            dtype=dtype,
+            lora_r=lora_r,
+            target_modules=target_modules,
+            dora=dora,
+            rslora=rslora,
+            full=full,
+            batch_size=batch_size,
+            max_length=max_length,
+            gradient_checkpointing=gradient_checkpointing,
+            optim=optim,
+            attn=attn,
+            padded=padded,
+            trainer=trainer,
+        )
+        from oomguard.prediction import command
+
+        found = command.run(model, card, settings)
+    if json_:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+
+
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Say what oomguard finds on this machine, and what each rung would do here."""
@@ -132,7 +182,7 @@ def doctor(json_: Json = False) -> None:
     raise typer.Exit(0 if findings.healthy else 1)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def find(
     model: options.Model,
     *,

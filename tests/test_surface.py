@@ -37,30 +37,16 @@ SURFACE = (
     "fit",
 )
 
+FINE_TUNE = {
+    *("--model", "--quantization", "--dtype", "--lora-r", "--target-modules", "--dora"),
+    *("--rslora", "--full", "--batch-size", "--max-length", "--gradient-checkpointing"),
+    *("--optim", "--attn", "--padded", "--trainer", "--card"),
+}
 COMMANDS = {
     "": {"--version"},
     "doctor": {"--json"},
-    "find": {
-        "--model",
-        "--quantization",
-        "--dtype",
-        "--lora-r",
-        "--target-modules",
-        "--dora",
-        "--rslora",
-        "--full",
-        "--batch-size",
-        "--max-length",
-        "--gradient-checkpointing",
-        "--optim",
-        "--attn",
-        "--padded",
-        "--trainer",
-        "--card",
-        "--maximize",
-        "--free",
-        "--json",
-    },
+    "estimate": {*FINE_TUNE, "--json"},
+    "find": {*FINE_TUNE, "--maximize", "--free", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 

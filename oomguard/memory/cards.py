@@ -40,7 +40,14 @@ class Card:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of one cuBLAS handle; Hopper's, the larger, where the capability is unknown."""
+        if self.is_host:
+            return 0
         return _WORKSPACE_BYTES[self.capability is None or self.capability >= (9, 0)]
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is no card but the host's memory."""
+        return self is HOST
 
     @property
     def known(self) -> bool:
@@ -90,6 +97,8 @@ def _by_name(name: str) -> Card | None:
 
 
 UNKNOWN = Card("unknown card", None)
+# A training on the CPU, as `oomguard.testing.VirtualCard` measures it.
+HOST = Card("host", None, context_bytes=0)
 # Multiprocessors and capabilities: NVIDIA's data sheets and the CUDA programming guide. Memory: the
 # "total capacity" that PyTorch's out-of-memory messages of public reports give, the lowest where
 # they differ (ECC and displays take their part); measured for the H100. Cards whose context has not

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from oomguard.prediction.subject import depth_of, text_config
@@ -24,6 +23,8 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A 4-bit weight, one absmax of 1 byte (double quantization) or 4 for every 64 of them.
 _QUANTIZED_BYTES = {True: 0.5 + 1 / 64, False: 0.5 + 4 / 64}
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0, "adafactor": 0}
+RESERVED = 1.05
+"""Reserved bytes for one allocated: the mean of the measured runs of `benchmarks/data` and a bit."""
 # TRL projects at most this many tokens and words at a time.
 _HEAD_TILE = (4096, 32768)
 
@@ -108,15 +109,3 @@ def _logits(config: PretrainedConfig, settings: Settings, tokens: int) -> int:
         return 2 * tile + 4 * tokens * int(text_config(config).hidden_size)
     return 10 * tokens * words  # in the model's type, and twice in float32
 
-
-def meta_model(config: PretrainedConfig, settings: Settings) -> Any:
-    """The model on the meta device: shapes without memory."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attn_implementation,
-        )

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from oomguard.errors import ConfigurationError
+from oomguard.memory.allocator import Replay, Timeline, replay
 from oomguard.memory.cards import Card
+from oomguard.memory.size import format_bytes
 from oomguard.prediction import closed_form
-from oomguard.prediction.result import CLOSED_FORM, Estimate
+from oomguard.prediction.fit import Fitted, NoFitError
+from oomguard.prediction.model import meta_model
+from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings
 from oomguard.prediction.subject import config_of
 from oomguard.prediction.trainer import settings_of
 
 if TYPE_CHECKING:
     from oomguard.plan import Plan
+
+logger = logging.getLogger("oomguard.prediction")
+
+DEFAULT_LENGTH = 1024  # SFTConfig.max_length
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What an estimate rests on."""
+
+    timeline: Timeline | None
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    phase: str
+    breakdown: dict[str, int]
+    notes: tuple[str, ...]
 
 
 class Predictor:
@@ -30,6 +53,8 @@ class Predictor:
     def __init__(self, model: Any, settings: Settings | None = None) -> None:
         self.config = config_of(model)
         self.settings = settings or Settings()
+        self._fitted: dict[Any, Fitted] = {}
+        self._failed: dict[Any, str] = {}
 
     @classmethod
     def of(cls, trainer: Any) -> Predictor:
@@ -54,23 +79,125 @@ class Predictor:
         began = time.perf_counter()
         self.settings.check(plan)
         on = Card.of(card)
-        model = closed_form.meta_model(self.config, self.settings)
-        parts = closed_form.peak(self.config, model, plan, self.settings, rows_of(plan))
-        allocated = sum(parts.values())
-        reserved = int(allocated * 1.05)
+        found = self._traced(plan, on)
+        method = TRACED if found.timeline is not None else CLOSED_FORM
         return Estimate(
-            peak_allocated_bytes=allocated,
-            peak_reserved_bytes=reserved,
-            device_bytes=reserved + on.context_bytes,
-            phase="backward",
-            breakdown={**parts, "fragmentation": reserved - allocated},
+            peak_allocated_bytes=found.peak_allocated_bytes,
+            peak_reserved_bytes=found.peak_reserved_bytes,
+            device_bytes=found.peak_reserved_bytes + on.context_bytes,
+            phase=found.phase,
+            breakdown=found.breakdown,
             plan=plan,
             settings=self.settings,
             card=on,
-            method=CLOSED_FORM,
-            notes=(),
+            method=method,
+            notes=(*found.notes, *_assumed(on)),
             seconds=time.perf_counter() - began,
+            timeline=found.timeline,
         )
+
+    def _traced(self, plan: Plan, card: Card) -> _Measured:
+        rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
+        key = _key(plan, card)
+        if key not in self._failed:
+            fitted = self._fitted.get(key)
+            if fitted is None:
+                fitted = self._fitted[key] = Fitted(self.config, plan, self.settings, card)
+            try:
+                return self._replayed(fitted, rows, length, card)
+            except ConfigurationError:
+                raise
+            except NoFitError as error:
+                self._failed[key] = str(error)
+            except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
+                logger.debug("tracing failed", exc_info=True)
+                reason = " ".join(str(error).split())[:160]
+                self._failed[key] = f"{type(error).__name__}: {reason}"
+        return self._counted(plan, rows, self._failed[key])
+
+    def _replayed(self, fitted: Fitted, rows: int, length: int, card: Card) -> _Measured:
+        timeline = fitted.timeline(rows, length)
+        expandable = self.settings.expandable_segments
+        free = replay(timeline, expandable=expandable)
+        assert free is not None  # without a limit nothing fails
+        under = free
+        usable = card.usable_bytes
+        if usable is not None and free.peak_reserved_bytes > usable:
+            under = replay(timeline, expandable=expandable, limit_bytes=usable) or free
+        parts = _breakdown(timeline, free)
+        used = sum(parts.values())
+        parts["fragmentation"] = under.peak_reserved_bytes - used
+        return _Measured(
+            timeline,
+            free.peak_allocated_bytes,
+            under.peak_reserved_bytes,
+            free.phase,
+            parts,
+            fitted.notes(),
+        )
+
+    def _counted(self, plan: Plan, rows: int, reason: str) -> _Measured:
+        try:
+            model = meta_model(self.config, self.settings)
+        except Exception as error:
+            msg = f"{type(self.config).__name__} cannot be made into a model: {error}"
+            raise ConfigurationError(" ".join(msg.split())[:300]) from error
+        parts = closed_form.peak(self.config, model, plan, self.settings, rows)
+        allocated = sum(parts.values())
+        reserved = int(allocated * closed_form.RESERVED)
+        parts["fragmentation"] = reserved - allocated
+        name = type(model).__name__
+        note = f"{name} could not be traced ({reason}); the figures are a closed form"
+        return _Measured(None, allocated, reserved, "backward", parts, (note,))
+
+
+def _breakdown(timeline: Timeline, at: Replay) -> dict[str, int]:
+    """Bytes that live at the peak, by category."""
+    live: dict[int, int] = {}
+    for event in timeline.events[: at.peak_index + 1]:
+        if not isinstance(event, tuple):
+            continue
+        key, nbytes = event
+        if nbytes < 0:
+            del live[key]
+        else:
+            live[key] = nbytes
+    parts = dict.fromkeys(CATEGORIES[:-1], 0)
+    for key, nbytes in live.items():
+        parts[timeline.category[key]] += nbytes
+    return parts
+
+
+def _key(plan: Plan, card: Card) -> Any:
+    """What decides which ops run; the rest of a plan decides their sizes alone."""
+    neutral = replace(
+        plan,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        micro_batch_size=None,
+        max_pass_tokens=None,
+        max_length=None,
+        cache_released_step=None,
+        sequence_mode=None,
+    )
+    kernels = (card.capability, card.multiprocessors, card.is_host)
+    return neutral, min(2, plan.passes_per_step), kernels
+
+
+def _assumed(card: Card) -> tuple[str, ...]:
+    if card.is_host:
+        return ()
+    notes = []
+    if not card.known:
+        notes.append(
+            f"{card.name}: kernels, workspaces and the context of an H100 are assumed, and that "
+            "bitsandbytes dequantizes every weight"
+        )
+    elif not card.context_measured:
+        size = format_bytes(card.context_bytes)
+        notes.append(f"{card.name}: the context is that of an H100, {size}")
+    return tuple(notes)
 
 
 def rows_of(plan: Plan) -> int:
@@ -78,5 +205,5 @@ def rows_of(plan: Plan) -> int:
     rows = plan.micro_batch_size or plan.per_device_train_batch_size
     rows = min(rows, plan.per_device_train_batch_size)
     if plan.max_pass_tokens is not None:
-        rows = min(rows, max(1, plan.max_pass_tokens // (plan.max_length or 1024)))
+        rows = min(rows, max(1, plan.max_pass_tokens // (plan.max_length or DEFAULT_LENGTH)))
     return rows

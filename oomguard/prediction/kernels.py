@@ -1,0 +1,167 @@
+"""What CUDA's kernels allocate beyond their results, and ops that run otherwise on a card.
+
+Sources are the CUDA files of PyTorch (aten/src/ATen/native/transformers/cuda) and the kernels of
+bitsandbytes (backends/cuda/ops.py).
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from oomguard.memory.cards import Card
+    from oomguard.prediction.recorder import Kernel, Workspace
+
+_ATEN = torch.ops.aten
+# Past this many rows bitsandbytes dequantizes on every card (_gemm_4bit_custom_max_m).
+_CUSTOM_ROWS = 1536
+
+
+def up(value: int, multiple: int) -> int:
+    """`value` rounded up to a multiple."""
+    return -(-value // multiple) * multiple
+
+
+def kernels(card: Card) -> dict[Any, Kernel]:
+    """Ops that a trace must answer for the card."""
+    table: dict[Any, Kernel] = {
+        _ATEN._local_scalar_dense.default: _item,
+        _ATEN.equal.default: lambda *_: True,
+        _ATEN.index.Tensor: _index,
+        _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    }
+    if find_spec("bitsandbytes") is not None:
+        import bitsandbytes  # noqa: F401 - registers its ops
+
+        table[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit(card)
+    return table
+
+
+def workspaces() -> dict[Any, Workspace]:
+    """Memory inside kernels."""
+    return {
+        _ATEN._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+        # softmax_backward_cuda_out of SoftMax.cu: grad * output.
+        _ATEN._softmax_backward_data.default: lambda out, *_: [out.nbytes],
+        # _safe_softmax of attention.cpp: the plain softmax, and where its input is -inf.
+        _ATEN._safe_softmax.default: lambda out, *_: [out.nbytes, out.numel()],
+    }
+
+
+def _item(value: Tensor) -> Any:
+    """Data is not known; any value will do, and a truth is true."""
+    if value.dtype.is_floating_point:
+        return 1.0
+    return True if value.dtype == torch.bool else 1
+
+
+def _index(value: Tensor, indices: Any) -> Any:
+    """`value[mask]`, at worst all of it; CUDA makes indices of the mask first (nonzero)."""
+    mask = indices[0]
+    if len(indices) != 1 or mask is None or mask.dtype != torch.bool:
+        return NotImplemented
+    found = mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
+    return value.new_empty((len(found), *value.shape[mask.ndim :]))
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mha_bwd of flash_attn/flash_api.cpp: dq, dk, dv, softmax_d, dq_accum, dk and dv per head."""
+    rows, heads, length, width = q.shape
+    kv_heads, kv_length = k.shape[1], k.shape[2]
+    grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+    padded = up(length, 128)
+    scratch = [q.new_empty((rows, heads, padded), dtype=torch.float32)]
+    scratch.append(q.new_empty((rows, padded, heads, up(width, 32)), dtype=torch.float32))
+    if kv_heads != heads:
+        scratch += [q.new_empty((rows, kv_length, heads, width)) for _ in range(2)]
+    return grads[0], grads[1], grads[2]
+
+
+def _efficient_backward(out: Any, grad: Tensor, q: Tensor, *_: Any) -> list[int]:
+    """attention_backward.cu: delta, and a float32 accumulator of dq for half precision."""
+    rows, heads, length, width = q.shape
+    delta = rows * heads * up(length, 32) * 4
+    if q.dtype == torch.float32:
+        return [delta]
+    return [delta, rows * heads * up(length, 64) * up(width, 64) * 4]
+
+
+def _gemm_4bit(card: Card) -> Kernel:
+    """bitsandbytes' choice: a fused kernel for few rows, else dequantize and multiply."""
+
+    def gemm_4bit(
+        a: Tensor,
+        b: Tensor,
+        shape: Any,
+        absmax: Tensor,
+        blocksize: int,
+        quant_type: str,
+        bias: Tensor | None = None,
+        absmax_8bit: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
+        width, outputs = a.shape[-1], shape[0]
+        rows = a.numel() // width
+        if fused_4bit(card, a.dtype, rows, outputs, width, blocksize):
+            return a.contiguous().new_empty((*a.shape[:-1], outputs))
+        if absmax_8bit is not None:
+            scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
+            absmax = torch.empty_like(scales)
+        weight = a.new_empty(tuple(shape))
+        return torch.nn.functional.linear(a, weight, bias)
+
+    return gemm_4bit
+
+
+def fused_4bit(
+    card: Card, dtype: torch.dtype, rows: int, outputs: int, width: int, blocksize: int = 64
+) -> bool:
+    """Whether bitsandbytes multiplies without dequantizing; no, where the card is unknown."""
+    if rows > _CUSTOM_ROWS or width % blocksize or card.capability is None:
+        return False
+    if card.multiprocessors is None:
+        return False
+    choose = _heuristic()
+    return bool(choose((card.multiprocessors, *card.capability), dtype, rows, outputs, width))
+
+
+@cache
+def _heuristic() -> Callable[..., bool]:
+    """bitsandbytes' own `_gemm_4bit_use_custom_cuda`, taken from its source.
+
+    Its module cannot be imported without CUDA. The function asks `_gpu_dispatch_props` for the
+    card by the index it is given; here the properties themselves are given.
+    """
+    spec = find_spec("bitsandbytes")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "backends" / "cuda" / "ops.py"
+    tree = ast.parse(path.read_bytes(), path)
+    wanted = ("_gemm_4bit_use_custom_cuda", "_GEMM_4BIT_CUSTOM_FLOOR_M")
+    body = [node for node in tree.body if _defines(node, wanted)]
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list = []
+    names: dict[str, Any] = {"torch": torch, "_gpu_dispatch_props": lambda props: props}
+    exec(compile(ast.Module(body, []), str(path), "exec"), names)  # noqa: S102 - installed source
+    return names[wanted[0]]
+
+
+def _defines(node: ast.stmt, names: tuple[str, ...]) -> bool:
+    if isinstance(node, ast.FunctionDef):
+        return node.name in names
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return any(isinstance(target, ast.Name) and target.id in names for target in targets)
+
+

@@ -1,0 +1,114 @@
+"""Which layers of a model are alike, so that a few of them can stand for all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# The first unit, one before the cloned one, the cloned one, one behind it, the last.
+UNITS = 5
+_CLONED = 2
+_LONGEST_PERIOD = 8
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A shorter model that stands for a deep one.
+
+    Attributes:
+        path: Of the list of layers inside the model.
+        kept: Indices of the layers that are traced.
+        unit: The unit of each of them, from 0.
+        cloned: The unit to repeat.
+        times: How often the cloned unit stands in the deep model; 1 where nothing is left out.
+    """
+
+    path: str
+    kept: tuple[int, ...]
+    unit: tuple[int, ...]
+    cloned: int
+    times: int
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The list of layers that hold the most parameters, and its path."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _is_outer(name)
+    ]
+    if not lists:
+        return None
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _is_outer(name: str) -> bool:
+    return re.search(r"\.\d+\.", f".{name}.") is None
+
+
+def cut(model: nn.Module, text: Any, every: int = 1) -> Cut | None:
+    """How to shorten `model`.
+
+    Args:
+        model: On the meta device, of full depth.
+        text: The configuration of its language model.
+        every: Layers that belong together because they share one checkpoint.
+
+    Returns:
+        The cut; `None` where the model has no list of layers.
+    """
+    found = layer_list(model)
+    if found is None:
+        return None
+    path, layers = found
+    types = getattr(text, "layer_types", None) or [None] * len(layers)
+    signs = [_signature(layer, kind) for layer, kind in zip(layers, types, strict=False)]
+    depth = len(signs)
+    for period in range(every, _LONGEST_PERIOD * every + 1, every):
+        lead = _lead(signs, period)
+        lead += -lead % every
+        units = (depth - lead) // period
+        if units <= UNITS:
+            continue
+        left = (depth - lead) % period
+        body = [*range(lead + UNITS * period), *range(depth - left, depth)]
+        lone = [*range(lead)]
+        unit = [
+            i if i < lead else min(lead + (i - lead) // period, lead + UNITS - 1)
+            for i in range(len(body))
+        ]
+        if len(body) < depth:
+            return Cut(path, tuple(body), tuple(unit), len(lone) + _CLONED, units - UNITS + 1)
+    return Cut(path, tuple(range(depth)), tuple(range(depth)), 0, 1)
+
+
+def _signature(layer: nn.Module, kind: Any) -> tuple[Any, ...]:
+    shapes = tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
+    return kind, type(layer), shapes
+
+
+def _lead(signs: list[tuple[Any, ...]], period: int) -> int:
+    """Layers at the start that do not repeat themselves."""
+    lead = len(signs) - period
+    while lead > 0 and signs[lead - 1] == signs[lead - 1 + period]:
+        lead -= 1
+    return max(lead, 0)
+
+
+def shorten(model: nn.Module, config: PretrainedConfig, by: Cut) -> None:
+    """Leave only the kept layers in `model`."""
+    parent, _, name = by.path.rpartition(".")
+    layers = model.get_submodule(by.path)
+    assert isinstance(layers, nn.ModuleList)
+    setattr(model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in by.kept))
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    text.num_hidden_layers = len(by.kept)
+    if kinds:
+        text.layer_types = [kinds[i] for i in by.kept]

@@ -1,0 +1,109 @@
+"""The optimizer that the Trainer would make, on fake tensors."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
+from functools import partial
+from importlib.util import find_spec
+from math import prod
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from oomguard.errors import ConfigurationError
+from oomguard.prediction.world import patched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+# Below this many elements bitsandbytes pages nothing (Optimizer8bit.get_state_buffer).
+_PAGED_FROM = 1e5
+
+
+def create(model: nn.Module, args: Any) -> Any:
+    """What `Trainer.create_optimizer` makes, with its groups and overrides.
+
+    Raises:
+        ConfigurationError: There is no such optimizer, or its package is missing.
+    """
+    stand_in = SimpleNamespace(
+        model=model,
+        args=args,
+        optimizer=None,
+        optimizer_cls_and_kwargs=None,
+        get_decay_parameter_names=partial(Trainer.get_decay_parameter_names, None),
+        get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
+    )
+    try:
+        return Trainer.create_optimizer(stand_in)  # type: ignore[arg-type]
+    except (ImportError, ValueError) as error:
+        msg = f"optim={args.optim.value!r} cannot be made here: {error}"
+        raise ConfigurationError(msg) from error
+
+
+def use_foreach(optimizer: Any) -> None:
+    """Step all parameters at once, as PyTorch's optimizers do by default on a card."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def arguments(optim: str) -> Any:
+    """Training arguments by default, without the device that `TrainingArguments` sets up.
+
+    Raises:
+        ConfigurationError: There is no such optimizer.
+    """
+    if optim not in list(OptimizerNames):
+        msg = f"optim={optim!r} is no optimizer of TrainingArguments, such as 'adamw_torch_fused'"
+        raise ConfigurationError(msg)
+    values = {
+        field.name: None if field.default is MISSING else field.default
+        for field in fields(TrainingArguments)
+    }
+    return SimpleNamespace(**{**values, "optim": OptimizerNames(optim), "learning_rate": 5e-5})
+
+
+@contextmanager
+def on_card(recorded_paged: list[int]) -> Iterator[None]:
+    """bitsandbytes' optimizers as they allocate on a card; what is paged goes to the list."""
+    if find_spec("bitsandbytes") is None:
+        yield
+        return
+    import bitsandbytes.functional as functional
+    import bitsandbytes.optim.optimizer as base
+
+    def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+        if not self.is_paged or p.numel() < _PAGED_FROM:
+            return torch.zeros_like(p, dtype=dtype)
+        recorded_paged.append(prod(p.shape) * dtype.itemsize)
+        return torch.empty(p.shape, dtype=dtype, device="meta")
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    def maps(self: Any) -> None:
+        for name in ("dynamic", "udynamic"):
+            self.name2qmap[name] = torch.empty(256)
+
+    with ExitStack() as stack:
+        # Overrides of modules are kept in a global manager: not in that of the user.
+        stack.enter_context(patched(base.GlobalOptimManager, _instance=None))
+        stack.enter_context(
+            patched(base.Optimizer8bit, get_state_buffer=state_buffer, fill_qmap=maps)
+        )
+        stack.enter_context(patched(base, sync_gpu=nothing))
+        stack.enter_context(
+            patched(
+                functional,
+                optimizer_update_8bit_blockwise=nothing,
+                optimizer_update_32bit=nothing,
+            )
+        )
+        yield

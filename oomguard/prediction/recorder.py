@@ -1,0 +1,159 @@
+"""Records every allocation and free of traced code, in program order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Kernel = Callable[..., Any]
+"""Stands in for an op, and what it allocates is recorded; `NotImplemented` leaves it to the op."""
+Workspace = Callable[..., list[int]]
+"""Bytes that an op's kernel allocates for itself, by `(out, *arguments)`."""
+Entry = tuple[str, Any, int | None]
+"""`("a", id, layer)`, `("f", id, layer)`, or `("m", phase, None)`."""
+
+HEAD = "head"
+_ADD = torch.ops.aten.add.Tensor
+
+
+class Recorder(TorchDispatchMode):
+    """Writes the log of a trace.
+
+    Args:
+        kernels: Ops that run otherwise on a card, and what they allocate there.
+        workspaces: Ops whose kernels allocate memory that their results do not show.
+        count_scalars: Whether scalars made inside an optimizer step are on the card.
+
+    Attributes:
+        log: What happened; see `Entry`. A phase of `None` releases the allocator's cache.
+        nbytes: Bytes of each id.
+        part: `"head"` for ids of the language-model head and the loss, else the op.
+        home: The layer that each id belongs to; `None` outside the layers.
+        layer: The layer that runs now.
+        in_head: Whether the language-model head or the loss runs now.
+        in_backward: Whether autograd's backward runs now.
+        stepping: Whether the optimizer runs now.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, kernels: dict[Any, Kernel], workspaces: dict[Any, Workspace], *, count_scalars: bool
+    ) -> None:
+        super().__init__()
+        self._kernels, self._workspaces = kernels, workspaces
+        self._count_scalars = count_scalars
+        self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self.log: list[Entry] = []
+        self.nbytes: list[int] = []
+        self.part: list[str] = []
+        self.home: list[int | None] = []
+        self.layer: int | None = None
+        self.in_head = False
+        self.in_backward = False
+        self.stepping = False
+
+    def mark(self, phase: str | None) -> None:
+        """A phase begins here."""
+        self.log.append(("m", phase, None))
+        self.layer = None
+
+    def allocate(self, nbytes: int, op: str) -> int:
+        """Record an allocation, and return its id."""
+        number = len(self.nbytes)
+        self.nbytes.append(int(nbytes))
+        self.part.append(HEAD if self.in_head else op)
+        self.home.append(self.layer)
+        self.log.append(("a", number, self.layer))
+        return number
+
+    def free(self, number: int) -> None:
+        """Record the free of an id."""
+        self.log.append(("f", number, self.layer))
+
+    def id_of(self, tensor: torch.Tensor) -> int | None:
+        """The id of a tensor's storage; `None` if it is not recorded."""
+        held = self._held.get(tensor.untyped_storage()._cdata)
+        return None if held is None else held[1]
+
+    def stop(self) -> None:
+        """Leave what is freed from now on out of the log."""
+        self._held.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kernel = self._kernels.get(func)
+        if kernel is not None:
+            with self:
+                out = kernel(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if func is _ADD and self._accumulates(out, args):
+            return out
+        if self.stepping:
+            self._see_step(args, out)
+            return out
+        self._see(out, func)
+        workspace = self._workspaces.get(func)
+        if workspace is not None:
+            numbers = [self.allocate(n, "workspace") for n in workspace(out, *args)]
+            for number in numbers:
+                self.free(number)
+        return out
+
+    def _see(self, out: Any, func: Any) -> None:
+        if isinstance(out, torch.Tensor):
+            if out.device.type == "meta":
+                return
+            storage = out.untyped_storage()
+            key = storage._cdata
+            if key not in self._held:
+                number = self.allocate(storage.nbytes(), func.__name__)
+                self._held[key] = weakref.ref(storage, self._gone(key)), number
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                self._see(item, func)
+
+    def _accumulates(self, out: torch.Tensor, args: Any) -> bool:
+        """Whether autograd adds a second gradient to one that it holds.
+
+        It does so in place, unless the tensors are of a subclass, as fake ones are.
+        """
+        if not self.in_backward or torch.is_grad_enabled():
+            return False
+        one, other = args[:2]
+        if not isinstance(other, torch.Tensor) or one.shape != other.shape:
+            return False
+        held = self._held.pop(one.untyped_storage()._cdata, None)
+        if held is None:
+            return False
+        storage = out.untyped_storage()
+        self._held[storage._cdata] = weakref.ref(storage, self._gone(storage._cdata)), held[1]
+        return True
+
+    def _gone(self, key: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            held = self._held.pop(key, None)
+            if held is not None:
+                self.free(held[1])
+
+        return gone
+
+    def _see_step(self, args: Any, out: Any) -> None:
+        """What an optimizer makes belongs to the layer of the tensor it is made from."""
+        many = isinstance(out, (tuple, list))
+        for index, item in enumerate(out if many else [out]):
+            if not isinstance(item, torch.Tensor) or (item.dim() == 0 and not self._count_scalars):
+                continue
+            for source in args:
+                one = source[index] if isinstance(source, (tuple, list)) and many else source
+                number = self.id_of(one) if isinstance(one, torch.Tensor) else None
+                if number is not None:
+                    self.layer = self.home[number]
+                    break
+            self._see(item, torch.ops.aten.empty_like.default)
