@@ -108,4 +108,3 @@ def _logits(config: PretrainedConfig, settings: Settings, tokens: int) -> int:
         tile = min(tokens, _HEAD_TILE[0]) * min(words, _HEAD_TILE[1])
         return 2 * tile + 4 * tokens * int(text_config(config).hidden_size)
     return 10 * tokens * words  # in the model's type, and twice in float32
-

@@ -98,7 +98,7 @@ def _efficient_backward(out: Any, grad: Tensor, q: Tensor, *_: Any) -> list[int]
 
 
 def _gemm_4bit(card: Card) -> Kernel:
-    """bitsandbytes' choice: a fused kernel for few rows, else dequantize and multiply."""
+    """Bitsandbytes' choice: a fused kernel for few rows, else dequantize and multiply."""
 
     def gemm_4bit(
         a: Tensor,
@@ -139,7 +139,7 @@ def fused_4bit(
 
 @cache
 def _heuristic() -> Callable[..., bool]:
-    """bitsandbytes' own `_gemm_4bit_use_custom_cuda`, taken from its source.
+    """Bitsandbytes' own `_gemm_4bit_use_custom_cuda`, taken from its source.
 
     Its module cannot be imported without CUDA. The function asks `_gpu_dispatch_props` for the
     card by the index it is given; here the properties themselves are given.
@@ -163,5 +163,3 @@ def _defines(node: ast.stmt, names: tuple[str, ...]) -> bool:
         return node.name in names
     targets = node.targets if isinstance(node, ast.Assign) else []
     return any(isinstance(target, ast.Name) and target.id in names for target in targets)
-
-

@@ -183,9 +183,7 @@ def _quantized_4bit(module: Any, parameter: nn.Parameter, settings: Settings) ->
         offset, centred = torch.empty(()), torch.empty(blocks)
         codes = torch.empty(blocks, dtype=torch.uint8)
         scales, code2 = torch.empty(-(-blocks // _SCALE_BLOCK)), torch.empty(256)
-        nested = QuantState(
-            absmax=scales, code=code2, blocksize=_SCALE_BLOCK, dtype=torch.float32
-        )
+        nested = QuantState(absmax=scales, code=code2, blocksize=_SCALE_BLOCK, dtype=torch.float32)
         state = QuantState(absmax=codes, offset=offset, state2=nested, **common)
         del centred
     else:

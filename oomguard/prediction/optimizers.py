@@ -72,7 +72,7 @@ def arguments(optim: str) -> Any:
 
 @contextmanager
 def on_card(recorded_paged: list[int]) -> Iterator[None]:
-    """bitsandbytes' optimizers as they allocate on a card; what is paged goes to the list."""
+    """Bitsandbytes' optimizers as they allocate on a card; what is paged goes to the list."""
     if find_spec("bitsandbytes") is None:
         yield
         return

@@ -12,7 +12,7 @@ from oomguard.memory.allocator import Replay, Timeline, replay
 from oomguard.memory.cards import Card
 from oomguard.memory.size import format_bytes
 from oomguard.prediction import closed_form
-from oomguard.prediction.fit import Fitted, NoFitError
+from oomguard.prediction.fit import Fitted
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings
@@ -100,16 +100,13 @@ class Predictor:
         rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
         key = _key(plan, card)
         if key not in self._failed:
-            fitted = self._fitted.get(key)
-            if fitted is None:
-                fitted = self._fitted[key] = Fitted(self.config, plan, self.settings, card)
             try:
-                return self._replayed(fitted, rows, length, card)
+                if key not in self._fitted:
+                    self._fitted[key] = Fitted(self.config, plan, self.settings, card)
+                return self._replayed(self._fitted[key], rows, length, card)
             except ConfigurationError:
                 raise
-            except NoFitError as error:
-                self._failed[key] = str(error)
-            except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
+            except Exception as error:
                 logger.debug("tracing failed", exc_info=True)
                 reason = " ".join(str(error).split())[:160]
                 self._failed[key] = f"{type(error).__name__}: {reason}"
@@ -133,7 +130,7 @@ class Predictor:
             under.peak_reserved_bytes,
             free.phase,
             parts,
-            fitted.notes(),
+            (),
         )
 
     def _counted(self, plan: Plan, rows: int, reason: str) -> _Measured:

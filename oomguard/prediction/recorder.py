@@ -37,6 +37,7 @@ class Recorder(TorchDispatchMode):
         in_head: Whether the language-model head or the loss runs now.
         in_backward: Whether autograd's backward runs now.
         stepping: Whether the optimizer runs now.
+        paused: Whether nothing is recorded now.
     """
 
     supports_higher_order_operators = True
@@ -56,6 +57,7 @@ class Recorder(TorchDispatchMode):
         self.in_head = False
         self.in_backward = False
         self.stepping = False
+        self.paused = False
 
     def mark(self, phase: str | None) -> None:
         """A phase begins here."""
@@ -75,6 +77,23 @@ class Recorder(TorchDispatchMode):
         """Record the free of an id."""
         self.log.append(("f", number, self.layer))
 
+    def repeat(self, ids: range, log: list[Entry]) -> dict[int, int]:
+        """Let what happened to `ids` in `log` happen once more; the new id of each."""
+        new = {old: len(self.nbytes) + index for index, old in enumerate(ids)}
+        for table in (self.nbytes, self.part, self.home):
+            table.extend(table[ids.start : ids.stop])  # type: ignore[attr-defined]
+        for kind, what, layer in log:
+            if kind == "m":
+                self.log.append((kind, what, layer))
+            elif what in new:
+                self.log.append((kind, new[what], layer))
+        return new
+
+    def adopt(self, tensor: torch.Tensor, number: int) -> None:
+        """Let `tensor` stand for an id that lives."""
+        storage = tensor.untyped_storage()
+        self._held[storage._cdata] = weakref.ref(storage, self._gone(storage._cdata)), number
+
     def id_of(self, tensor: torch.Tensor) -> int | None:
         """The id of a tensor's storage; `None` if it is not recorded."""
         held = self._held.get(tensor.untyped_storage()._cdata)
@@ -86,6 +105,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         kernel = self._kernels.get(func)
         if kernel is not None:
             with self:

@@ -61,7 +61,7 @@ def _kinds(trace: Trace) -> list[str]:
             born[what] = phase
         else:
             died[what] = phase
-    return [_kind(trace, i, born[i], died.get(i)) for i in range(len(trace.nbytes))]
+    return [_kind(trace, i, born.get(i, "end"), died.get(i)) for i in range(len(trace.nbytes))]
 
 
 def _kind(trace: Trace, number: int, born: str, died: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from oomguard.prediction.subject import text_config
 from oomguard.prediction.world import Autocast, world
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PretrainedConfig
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from oomguard.prediction.settings import Settings
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Shape = tuple[int, int]
+"""Rows, and tokens of each."""
 LOAD, FORWARD, BACKWARD, STEP = "load", "forward", "backward", "optimizer step"
 
 
@@ -49,6 +51,9 @@ class Trace:
         kind: `"weights"`, `"adapters"` or `"gradients"` of the ids that are that.
         cut: How the model was shortened; `None` if it was not.
         paged_bytes: Optimizer state in managed memory, of the shortened model.
+        sized: The ids of the first step's passes, in order.
+        alike: Ids of the second step's passes, each with the one of the first step that it repeats.
+        probes: Bytes of the ids of `sized` in passes of other shapes.
     """
 
     log: list[Entry]
@@ -58,6 +63,9 @@ class Trace:
     kind: dict[int, str]
     cut: Cut | None
     paged_bytes: list[int]
+    sized: list[int]
+    alike: dict[int, int]
+    probes: list[list[int]]
 
 
 def trace(
@@ -65,19 +73,26 @@ def trace(
     plan: Plan,
     settings: Settings,
     card: Card,
-    rows: int,
-    length: int,
+    shapes: Sequence[Shape],
     *,
     whole: bool = False,
 ) -> Trace:
-    """Trace `rows` x `length` tokens a pass; of a `whole` model every layer.
+    """Trace two steps in passes of the first shape, and one more pass of each of the others.
+
+    Args:
+        config: Of the model.
+        plan: What is trained.
+        settings: What is trained, besides the plan.
+        card: On which.
+        shapes: Rows and tokens of each.
+        whole: Whether every layer is traced, not the few that stand for all.
 
     Raises:
         Exception: Whatever the model's own code raises on fake tensors.
     """
     paged: list[int] = []
     with _quiet(), world(card, padded=settings.padded), optimizers.on_card(paged):
-        return _Run(config, plan, settings, card, paged, whole=whole).trace(rows, length)
+        return _Run(config, plan, settings, card, paged, whole=whole).trace(shapes)
 
 
 @contextmanager
@@ -109,9 +124,7 @@ class _Run:
         self._plan, self._settings, self._card, self._paged = plan, settings, card, paged
         self._args = optimizers.arguments(plan.optim or "adamw_torch_fused")
         fused = "fused" in self._args.optim.value or card.is_host
-        self._recorder = Recorder(
-            kernels.kernels(card), kernels.workspaces(), count_scalars=fused
-        )
+        self._recorder = Recorder(kernels.kernels(card), kernels.workspaces(), count_scalars=fused)
         self._kind: dict[int, str] = {}
         self._model: Any = meta_model(config, settings)
         self._config: Any = self._model.config
@@ -121,8 +134,8 @@ class _Run:
         if self._cut is not None and self._cut.times > 1:
             shorten(self._model, self._config, self._cut)
 
-    def trace(self, rows: int, length: int) -> Trace:
-        recorder = self._recorder
+    def trace(self, shapes: Sequence[Shape]) -> Trace:
+        recorder, passes = self._recorder, min(2, self._plan.passes_per_step)
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.mark(LOAD)
             self._load()
@@ -131,21 +144,48 @@ class _Run:
                 optimizers.use_foreach(optimizer)
             self._autocast()
             self._model.train()
-            for _ in range(2):
-                for _ in range(min(2, self._plan.passes_per_step)):
-                    self._pass(rows, length)
-                self._step(optimizer)
+            begun = len(recorder.log)
+            first = self._passes(passes, shapes[0])
+            log = recorder.log[begun:]
+            gradients = self._step(optimizer)
+            # The passes of the second step do what those of the first did.
+            again = recorder.repeat(first, log)
+            self._take_gradients({p: again[number] for p, number in gradients.items()})
+            self._step(optimizer)
             recorder.mark("end")
+            logged = len(recorder.log)
+            probes = []
+            for shape in shapes[1:]:
+                probes.append(self._passes(passes, shape))
+                self._model.zero_grad()
             recorder.stop()
         return Trace(
-            recorder.log,
+            recorder.log[:logged],
             recorder.nbytes,
             recorder.part,
             recorder.home,
             self._kind,
             self._cut,
             self._paged,
+            sized=list(first),
+            alike={new: old for old, new in again.items()},
+            probes=[[recorder.nbytes[i] for i in probe] for probe in probes],
         )
+
+    def _passes(self, passes: int, shape: Shape) -> range:
+        """The ids of the passes of one step."""
+        first = len(self._recorder.nbytes)
+        for _ in range(passes):
+            self._pass(*shape)
+        return range(first, len(self._recorder.nbytes))
+
+    def _take_gradients(self, numbers: dict[nn.Parameter, int]) -> None:
+        recorder = self._recorder
+        recorder.paused = True
+        for parameter, number in numbers.items():
+            parameter.grad = torch.empty_like(parameter)
+            recorder.adopt(parameter.grad, number)
+        recorder.paused = False
 
     def _layer_of(self, name: str) -> int | None:
         if self._cut is None:
@@ -304,14 +344,14 @@ class _Run:
             _tp_size=1,
         )
 
-    def _step(self, optimizer: Any) -> None:
+    def _step(self, optimizer: Any) -> dict[nn.Parameter, int]:
+        """Clip, step, and drop the gradients; the id of each parameter's."""
         recorder, model = self._recorder, self._model
         recorder.mark(STEP)
         trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:
-            number = None if parameter.grad is None else recorder.id_of(parameter.grad)
-            if number is not None:
-                self._kind[number] = "gradients"
+        numbers = {p: recorder.id_of(p.grad) for p in trained if p.grad is not None}
+        gradients = {p: number for p, number in numbers.items() if number is not None}
+        self._kind.update(dict.fromkeys(gradients.values(), "gradients"))
         recorder.stepping = True
         if self._settings.max_grad_norm:
             nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm)
@@ -319,6 +359,7 @@ class _Run:
         recorder.stepping = False
         recorder.mark("end of step")
         model.zero_grad()
+        return gradients
 
 
 @dataclass

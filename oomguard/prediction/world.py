@@ -102,7 +102,7 @@ class Autocast:
 
 
 def _dropout(
-    input: Any,  # noqa: A002 - upstream's name
+    input: Any,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
