@@ -6,8 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 from transformers import BertConfig
 
+from oomguard.find_command import Found, as_json, as_table, find
 from tests.test_cli import invoke
 from tests.test_search import WIDE
 
@@ -22,37 +24,47 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_one_card_gives_the_plan_and_its_code(model: str) -> None:
-    done = invoke("find", "--model", model, "--card", "8GiB", COLUMNS="160")
-    assert done.exit_code == 0
-    for part in ("8.00 GiB card", "found", "SFTConfig("):
-        assert part in done.stdout
+@pytest.fixture(scope="module")
+def of_all_sizes(model: str) -> Found:
+    """What a full fine-tune finds on cards of every size."""
+    settings = {"lora_r": None, "per_device_train_batch_size": 1, "max_length": 1024}
+    return find(model, None, maximize="micro_batch_size", free=(), settings=settings)
+
+
+def printed(found: Found) -> str:
+    console = Console(width=120)
+    with console.capture() as text:
+        console.print(as_table(found))
+    return text.get()
 
 
 def test_json_has_plan_estimate_measured_and_runners_up(model: str) -> None:
     options = ("--quantization", "nf4", "--max-length", "512", "--maximize", "micro_batch_size")
-    done = invoke("find", "--model", f"{model}/config.json", "--card", "8GiB", *options, "--json")
+    done = invoke("find", "--model", f"{model}/config.json", "--card", "4GiB", *options, "--json")
     values = json.loads(done.stdout)
     assert {"plan", "estimate", "measured", "runners_up", "seconds"} <= values.keys()
     assert values["measured"] is None
     assert values["plan"]["max_length"] == 512
-    assert values["plan"]["micro_batch_size"] > 1
+    assert values["plan"]["micro_batch_size"] >= 1
     assert values["estimate"]["settings"]["quantization"] == "nf4"
 
 
-def test_without_a_card_every_size_has_its_line(model: str) -> None:
-    options = ("--full", "--max-length", "512")
-    done = invoke("find", "--model", model, *options, COLUMNS="120")
-    lines = [line for line in done.stdout.splitlines() if "GiB" in line]
-    assert [line.split()[0] for line in lines] == [
-        f"{size}GiB" for size in (8, 12, 16, 24, 40, 48, 80)
-    ]
+def test_without_a_card_every_size_has_its_line(of_all_sizes: Found) -> None:
+    assert list(of_all_sizes) == [f"{size}GiB" for size in (8, 12, 16, 24, 40, 48, 80)]
+    lines = [line for line in printed(of_all_sizes).splitlines() if "GiB" in line]
+    assert [line.split()[0] for line in lines] == list(of_all_sizes)
     assert "nothing fits" in lines[0]
     assert "full" in lines[-1]
 
 
-def test_json_of_all_cards_begins_with_the_smallest_that_has_a_plan(model: str) -> None:
-    values = json.loads(invoke("find", "--model", model, "--full", "--json").stdout)
+def test_one_card_gives_the_plan_and_its_code(of_all_sizes: Found) -> None:
+    text = printed({"80GiB": of_all_sizes["80GiB"]})
+    for part in ("80.00 GiB card", "found", "SFTConfig("):
+        assert part in text
+
+
+def test_json_of_all_cards_begins_with_the_smallest_that_has_a_plan(of_all_sizes: Found) -> None:
+    values = json.loads(json.dumps(as_json(of_all_sizes)))
     every = values["cards"]
     assert len(every) == 7
     assert "error" in every[0]

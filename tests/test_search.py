@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -47,43 +48,39 @@ def found_on(capacity: str, trainer: Any, **arguments: Any) -> SearchResult:
         return oomguard.find_plan(trainer, **arguments)
 
 
-@pytest.mark.parametrize("maximize", ["tokens", "lora_r"])
-def test_what_is_found_on_estimates_fits_and_fills_the_card(maximize: str) -> None:
-    result = oomguard.find_plan(WIDE, card="12GiB", maximize=maximize, max_length=1024)
-    assert result.measured is None
-    assert result.estimate.fits("12GiB")
-    assert result.estimate.device_bytes >= 0.85 * 12 * GIB
-    assert result.pass_tokens > 1024 or (result.plan.lora_r or 0) > 16
-
-
-def test_the_effective_batch_of_a_model_is_kept_if_it_is_given() -> None:
-    result = oomguard.find_plan(
-        WIDE, card="8GiB", per_device_train_batch_size=4, gradient_accumulation_steps=6
+def small(folder: Path, **changes: Any) -> Any:
+    """Steps of two rows: few plans to estimate."""
+    return tiny.sft_trainer(
+        folder, per_device_train_batch_size=2, gradient_accumulation_steps=1, **changes
     )
-    assert result.plan.effective_batch_size == 24
-    assert 24 % result.plan.per_device_train_batch_size == 0
 
 
-def test_rows_longer_than_the_model_was_made_for_are_noted() -> None:
-    result = oomguard.find_plan(WIDE, card="24GiB", maximize="max_length", max_length=2048)
-    assert (result.plan.max_length or 0) > 2048
-    assert "2,048 positions" in " ".join(result.notes)
+def test_what_is_found_on_estimates_fits_and_fills_the_card() -> None:
+    result = oomguard.find_plan(WIDE, card="8GiB", max_length=1024)
+    length = result.plan.max_length or 0
+    assert result.measured is None
+    assert result.estimate.fits("8GiB")
+    assert result.estimate.device_bytes >= 0.85 * 8 * GIB
+    assert result.pass_tokens == result.plan.per_device_train_batch_size * length
+    assert result.pass_tokens > 1024 <= length
+    assert ("2,048 positions" in " ".join(result.notes)) == (length > 2048)
 
 
 def test_a_freed_setting_is_changed_only_where_that_makes_the_plan_larger() -> None:
-    free = ("gradient_checkpointing", "optim")
     arguments: dict[str, Any] = {
         "gradient_checkpointing": False,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2,
-        "free": free,
+        "max_length": 2048,
+        "free": ("gradient_checkpointing",),
         "maximize": "micro_batch_size",
     }
-    small = oomguard.find_plan(WIDE, card="12GiB", **arguments)
-    large = oomguard.find_plan(WIDE, card="H200", **arguments)
-    assert small.plan.gradient_checkpointing
-    assert not large.plan.gradient_checkpointing
-    assert large.plan.optim == "adamw_torch_fused"
+    tight = oomguard.find_plan(WIDE, card="10GiB", **arguments)
+    roomy = oomguard.find_plan(WIDE, card="H200", **arguments)
+    assert tight.plan.gradient_checkpointing
+    assert not roomy.plan.gradient_checkpointing
+    assert roomy.plan.per_device_train_batch_size == 16
+    assert tight.plan.effective_batch_size == roomy.plan.effective_batch_size == 16
 
 
 def test_a_card_too_small_for_the_weights_is_refused_with_the_numbers() -> None:
@@ -111,50 +108,62 @@ def test_what_cannot_be_searched_is_refused(arguments: dict[str, Any], said: str
         oomguard.find_plan(WIDE, **arguments)
 
 
-@pytest.mark.parametrize(("card", "rows"), [(TWO_ROWS, 2), (ALL_ROWS, 8)])
-def test_on_a_trainer_the_most_rows_that_ran_are_found_and_no_trace_is_left(
-    tmp_path: Path, card: str, rows: int
-) -> None:
-    trainer = tiny.sft_trainer(tmp_path)
-    before = traces.of(trainer, tmp_path)
-    result = found_on(card, trainer)
-    assert result.plan.per_device_train_batch_size == rows
+@dataclass
+class Found:
+    """What was found for a card smaller than the one there, and what the search left behind."""
+
+    result: SearchResult
+    traces: list[str]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("found")
+    trainer = tiny.sft_trainer(folder)
+    before = traces.of(trainer, folder)
+    result = found_on(ALL_ROWS, trainer, card=TWO_ROWS)
+    return Found(result, traces.differences(before, traces.of(trainer, folder)))
+
+
+def test_on_a_trainer_the_most_rows_that_ran_are_found(found: Found) -> None:
+    result = found.result
+    assert result.plan.per_device_train_batch_size == 2
     assert result.plan.effective_batch_size == 8
     assert result.plan.max_length == 96
     assert result.measured is not None
     assert result.measured.fits
     assert 1 <= len(result.trials) <= 4
-    assert traces.differences(before, traces.of(trainer, tmp_path)) == []
 
 
-def test_a_card_smaller_than_the_one_there_is_what_counts(tmp_path: Path) -> None:
-    result = found_on(ALL_ROWS, tiny.sft_trainer(tmp_path), card=TWO_ROWS)
-    assert result.plan.per_device_train_batch_size == 2
+def test_a_search_leaves_no_trace(found: Found) -> None:
+    assert found.traces == []
 
 
-def test_on_a_trainer_nothing_is_longer_than_its_rows(tmp_path: Path) -> None:
-    trainer = tiny.sft_trainer(tmp_path)
-    result = found_on(ALL_ROWS, trainer, maximize="max_length")
-    assert result.plan.max_length == 96
-
-
-def test_on_a_trainer_a_higher_rank_is_only_estimated(tmp_path: Path) -> None:
-    trainer = tiny.sft_trainer(tmp_path)
-    result = found_on(ALL_ROWS, trainer, maximize="lora_r")
-    assert (result.plan.lora_r or 0) > 4
-    assert result.measured is None
-    assert "no higher rank" in " ".join(result.notes)
+def test_a_result_is_json_a_table_and_code(found: Found) -> None:
+    result = found.result
+    values = json.loads(json.dumps(result.to_dict()))
+    assert values["plan"] == result.plan.to_dict()
+    assert values["estimate"]["peak_allocated_bytes"] == result.estimate.peak_allocated_bytes
+    assert values["measured"]["fits"] is True
+    assert all({"plan", "device_bytes"} <= other.keys() for other in values["runners_up"])
+    console = rich.console.Console(width=160)
+    with console.capture() as printed:
+        console.print(result)
+    assert "2 x 4" in printed.get()
+    made: dict[str, Any] = {}
+    exec(result.snippet(), made)  # noqa: S102 - what a user does with it
+    assert made["args"].per_device_train_batch_size == 2
+    assert made["peft_config"].lora_alpha == 8
 
 
 def test_a_freed_setting_that_the_trainer_cannot_change_stays(tmp_path: Path) -> None:
-    trainer = tiny.sft_trainer(tmp_path, optim="sgd")
-    result = found_on(TWO_ROWS, trainer, free=("optim", "gradient_checkpointing"))
+    result = found_on(ALL_ROWS, small(tmp_path, optim="sgd"), free=("optim",))
     assert result.plan.optim == "sgd"
     assert result.measured is not None
 
 
 def test_the_fastest_plan_is_measured(tmp_path: Path) -> None:
-    trainer = tiny.sft_trainer(tmp_path)
+    trainer = small(tmp_path)
     result = found_on(ALL_ROWS, trainer, maximize="throughput", free=("gradient_checkpointing",))
     speeds = [trial.tokens_per_s or 0 for trial in result.trials]
     assert len(result.trials) == 4
@@ -165,31 +174,14 @@ def test_the_fastest_plan_is_measured(tmp_path: Path) -> None:
 
 
 def test_a_trainer_that_cannot_be_run_gets_an_estimate_that_says_so(tmp_path: Path) -> None:
-    result = oomguard.find_plan(tiny.sft_trainer(tmp_path), card="8GiB")
+    result = oomguard.find_plan(small(tmp_path), card="8GiB")
     assert result.measured is None
     assert "not run, only estimated: there is nothing to measure" in " ".join(result.notes)
 
 
 def test_nothing_that_fits_in_any_trial_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NothingFitsError, match="trials ran out of memory: "):
-        found_on("1 MiB", tiny.sft_trainer(tmp_path))
-
-
-def test_a_result_is_json_a_table_and_code(tmp_path: Path) -> None:
-    result = found_on(TWO_ROWS, tiny.sft_trainer(tmp_path))
-    values = json.loads(json.dumps(result.to_dict()))
-    assert values["plan"] == result.plan.to_dict()
-    assert values["estimate"]["peak_allocated_bytes"] == result.estimate.peak_allocated_bytes
-    assert values["measured"]["fits"] is True
-    assert all({"plan", "device_bytes"} <= other.keys() for other in values["runners_up"])
-    console = rich.console.Console(width=160, record=True, quiet=False, file=None)
-    with console.capture() as printed:
-        console.print(result)
-    assert "2 x 4" in printed.get()
-    made: dict[str, Any] = {}
-    exec(result.snippet(), made)  # noqa: S102 - what a user does with it
-    assert made["args"].per_device_train_batch_size == 2
-    assert made["peft_config"].lora_alpha == 8
+        found_on("1 MiB", small(tmp_path))
 
 
 def test_fit_searches_and_then_trains_as_if_the_rows_had_been_set_by_hand(tmp_path: Path) -> None:
@@ -208,7 +200,7 @@ def test_fit_searches_and_then_trains_as_if_the_rows_had_been_set_by_hand(tmp_pa
 
 
 def test_where_nothing_fits_fit_leaves_it_to_the_ladder(tmp_path: Path) -> None:
-    trainer: Any = tiny.sft_trainer(tmp_path, max_steps=1)
+    trainer = small(tmp_path, max_steps=1)
     ladder = oomguard.Ladder(oomguard.SplitBatch(), oomguard.HalveSequence(floor=8))
     with VirtualCard("10 MiB") as card:
         card.track(trainer.model)
