@@ -2,10 +2,11 @@
 
     python -m gpu_checks.truth --out truth.json
 
-Every run has a fresh model with random weights, loaded from a folder as a user's is, and two optimizer
-steps. Each shape runs in a process of its own. A row holds the configuration, the plan and the
-settings as `oomguard.estimate` takes them, and what the allocator counted in each step; rows are
-written as they are made. `--tiny` runs the same on the CPU with small shapes, without figures.
+Every run has a fresh model with random weights, loaded from a folder as a user's is, and two
+optimizer steps: a model that was trained before would train without autocast, since accelerate
+prepares a model once. Each shape runs in a process of its own. A row holds the configuration, the
+plan and the settings as `oomguard.estimate` takes them, and what the allocator counted in each
+step; rows are written as they are made. `--tiny` runs the same on the CPU with small shapes.
 """
 
 from __future__ import annotations

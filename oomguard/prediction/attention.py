@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ _FLASH_WIDTH = 256  # check_head_dim_size_flash of sdp_utils.cpp
 _MASK_ALIGNMENT = 16  # pad_bias of attention.cpp
 
 
-def scaled_dot_product_attention(card: Card) -> Callable[..., Tensor]:
+def scaled_dot_product_attention(card: Card) -> Callable[..., Any]:
     """`F.scaled_dot_product_attention` with the choice of aten's cuda/sdp_utils.cpp."""
     has_flash = card.capability is None or card.capability >= (8, 0)
 
@@ -33,7 +33,7 @@ def scaled_dot_product_attention(card: Card) -> Callable[..., Tensor]:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         query, key, value = (_autocast(x) for x in (query, key, value))
         width = query.shape[-1]
         grouped = enable_gqa and key.shape[1] != query.shape[1]

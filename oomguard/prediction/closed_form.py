@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from oomguard.prediction.subject import depth_of, text_config
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
     from oomguard.plan import Plan
@@ -24,7 +23,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _QUANTIZED_BYTES = {True: 0.5 + 1 / 64, False: 0.5 + 4 / 64}
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0, "adafactor": 0}
 RESERVED = 1.05
-"""Reserved bytes for one allocated: the mean of the measured runs of `benchmarks/data` and a bit."""
+"""Reserved bytes for one allocated: a little above the mean of the rows of `benchmarks/data`."""
 # TRL projects at most this many tokens and words at a time.
 _HEAD_TILE = (4096, 32768)
 

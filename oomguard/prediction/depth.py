@@ -1,10 +1,10 @@
 """The log of a deep model from that of a few of its layers.
 
-A trace holds five units of layers. The middle one, which begins and ends among its like, is repeated
-in every phase as often as the deep model has it: in the order of the layers forward, and the other
-way round backward. An object is known by the phase that made it, its layer, and its number among
-the objects of that layer and phase; a copy that frees its neighbour's object frees that of its own
-neighbour.
+A trace holds five units of layers. The middle one, which begins and ends among its like, is
+repeated in every phase as often as the deep model has it: in the order of the layers forward, and
+the other way round backward. An object is known by the phase that made it, its layer, and its
+number among the objects of that layer and phase; a copy that frees its neighbour's object frees
+that of its own neighbour.
 """
 
 from __future__ import annotations

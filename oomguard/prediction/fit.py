@@ -1,9 +1,10 @@
 """Timelines of any batch and length from one trace and two more passes.
 
 The bytes of an allocation are a whole multiple of one product of the batch and the length: of the
-rows, of their square, of the rows without their last token, of a length rounded up to what a kernel
-wants. Three passes of different shape tell which. Where a shape decides what runs (bitsandbytes'
-choice of a kernel, the tiles of TRL's head, a sliding window), each way to run is traced for itself.
+rows, of their square, of the rows without their last token, of a length rounded up to what a
+kernel wants. Three passes of different shape tell which. Where a shape decides what runs
+(bitsandbytes' choice of a kernel, the tiles of TRL's head, a sliding window), each way to run is
+traced for itself.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class Fitted:
         self._ways: dict[Any, _Way] = {}
 
     def timeline(self, rows: int, length: int) -> Timeline:
-        """The timeline of passes of `rows` x `length` tokens."""
+        """The timeline of passes of `rows` x `length` tokens, which packing makes one row."""
+        if self._settings.packing:
+            rows, length = 1, rows * length
         key = self._way(rows, length)
         way = self._ways.get(key)
         nbytes = None if way is None else way.nbytes(rows, length)
@@ -153,7 +156,7 @@ class Fitted:
 def _products(
     traced: Trace, shapes: tuple[Shape, ...]
 ) -> list[tuple[Callable[[int, int], int], int]] | None:
-    if len(shapes) < 3 or any(len(probe) != len(traced.sized) for probe in traced.probes):  # noqa: PLR2004
+    if len(shapes) < 3 or any(len(probe) != len(traced.sized) for probe in traced.probes):
         return None
     constant = _PRODUCTS[0]
     found = [(constant, nbytes) for nbytes in traced.nbytes]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from oomguard.prediction import int8
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -42,7 +44,10 @@ def kernels(card: Card) -> dict[Any, Kernel]:
     if find_spec("bitsandbytes") is not None:
         import bitsandbytes  # noqa: F401 - registers its ops
 
-        table[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit(card)
+        ops = torch.ops.bitsandbytes
+        table[ops.gemm_4bit.default] = _gemm_4bit(card)
+        table[ops.int8_vectorwise_quant.default] = int8.vectorwise_quant
+        table[ops.int8_mixed_scaled_mm.default] = int8.mixed_scaled_mm
     return table
 
 
@@ -118,9 +123,11 @@ def _gemm_4bit(card: Card) -> Kernel:
             return a.contiguous().new_empty((*a.shape[:-1], outputs))
         if absmax_8bit is not None:
             scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
-            absmax = torch.empty_like(scales)
+            absmax = scales + 0.0  # the offset
         weight = a.new_empty(tuple(shape))
-        return torch.nn.functional.linear(a, weight, bias)
+        out = torch.nn.functional.linear(a, weight, bias)
+        del absmax, weight
+        return out
 
     return gemm_4bit
 
@@ -144,9 +151,9 @@ def _heuristic() -> Callable[..., bool]:
     Its module cannot be imported without CUDA. The function asks `_gpu_dispatch_props` for the
     card by the index it is given; here the properties themselves are given.
     """
-    spec = find_spec("bitsandbytes")
-    assert spec is not None and spec.origin is not None
-    path = Path(spec.origin).parent / "backends" / "cuda" / "ops.py"
+    import bitsandbytes
+
+    path = Path(bitsandbytes.__file__).parent / "backends" / "cuda" / "ops.py"
     tree = ast.parse(path.read_bytes(), path)
     wanted = ("_gemm_4bit_use_custom_cuda", "_GEMM_4BIT_CUSTOM_FLOOR_M")
     body = [node for node in tree.body if _defines(node, wanted)]
@@ -155,7 +162,8 @@ def _heuristic() -> Callable[..., bool]:
             node.decorator_list = []
     names: dict[str, Any] = {"torch": torch, "_gpu_dispatch_props": lambda props: props}
     exec(compile(ast.Module(body, []), str(path), "exec"), names)  # noqa: S102 - installed source
-    return names[wanted[0]]
+    found: Callable[..., bool] = names[wanted[0]]
+    return found
 
 
 def _defines(node: ast.stmt, names: tuple[str, ...]) -> bool:

@@ -104,8 +104,7 @@ def _lead(signs: list[tuple[Any, ...]], period: int) -> int:
 def shorten(model: nn.Module, config: PretrainedConfig, by: Cut) -> None:
     """Leave only the kept layers in `model`."""
     parent, _, name = by.path.rpartition(".")
-    layers = model.get_submodule(by.path)
-    assert isinstance(layers, nn.ModuleList)
+    layers: Any = model.get_submodule(by.path)
     setattr(model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in by.kept))
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)

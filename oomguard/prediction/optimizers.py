@@ -32,12 +32,13 @@ def create(model: nn.Module, args: Any) -> Any:
     Raises:
         ConfigurationError: There is no such optimizer, or its package is missing.
     """
+    decay_names: Any = Trainer.get_decay_parameter_names
     stand_in = SimpleNamespace(
         model=model,
         args=args,
         optimizer=None,
         optimizer_cls_and_kwargs=None,
-        get_decay_parameter_names=partial(Trainer.get_decay_parameter_names, None),
+        get_decay_parameter_names=partial(decay_names, None),
         get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
     )
     try:

@@ -116,9 +116,10 @@ class Predictor:
         timeline = fitted.timeline(rows, length)
         expandable = self.settings.expandable_segments
         free = replay(timeline, expandable=expandable)
-        assert free is not None  # without a limit nothing fails
-        under = free
-        usable = card.usable_bytes
+        if free is None:
+            msg = "a replay without a limit ran out of memory"
+            raise RuntimeError(msg)
+        under, usable = free, card.usable_bytes
         if usable is not None and free.peak_reserved_bytes > usable:
             under = replay(timeline, expandable=expandable, limit_bytes=usable) or free
         parts = _breakdown(timeline, free)

@@ -80,8 +80,9 @@ class Recorder(TorchDispatchMode):
     def repeat(self, ids: range, log: list[Entry]) -> dict[int, int]:
         """Let what happened to `ids` in `log` happen once more; the new id of each."""
         new = {old: len(self.nbytes) + index for index, old in enumerate(ids)}
-        for table in (self.nbytes, self.part, self.home):
-            table.extend(table[ids.start : ids.stop])  # type: ignore[attr-defined]
+        tables: tuple[list[Any], ...] = self.nbytes, self.part, self.home
+        for table in tables:
+            table.extend(table[ids.start : ids.stop])
         for kind, what, layer in log:
             if kind == "m":
                 self.log.append((kind, what, layer))

@@ -91,7 +91,11 @@ def trace(
         Exception: Whatever the model's own code raises on fake tensors.
     """
     paged: list[int] = []
-    with _quiet(), world(card, padded=settings.padded), optimizers.on_card(paged):
+    with (
+        _quiet(),
+        world(card, padded=settings.padded, packed=settings.packing),
+        optimizers.on_card(paged),
+    ):
         return _Run(config, plan, settings, card, paged, whole=whole).trace(shapes)
 
 
@@ -302,16 +306,20 @@ class _Run:
     def _pass(self, rows: int, length: int) -> None:
         recorder = self._recorder
         recorder.mark(FORWARD)
-        inputs = {
-            name: torch.empty(rows, length, dtype=torch.int64)
-            for name in ("input_ids", "labels", "attention_mask")
-        }
+        inputs = self._inputs(rows, length)
         loss = self._loss(inputs)
         del inputs
         recorder.mark(BACKWARD)
         recorder.in_head = recorder.in_backward = True
         loss.backward()
         recorder.in_head = recorder.in_backward = False
+
+    def _inputs(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """A batch as TRL's collators name it."""
+        names = ["input_ids", "labels", "attention_mask"]
+        if self._settings.packing:
+            names[2] = "position_ids"
+        return {name: torch.empty(rows, length, dtype=torch.int64) for name in names}
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> Any:
         items = torch.empty((), dtype=torch.int64)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from oomguard.prediction import int8
 from oomguard.prediction.attention import scaled_dot_product_attention
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def patched(target: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def world(card: Card, *, padded: bool) -> Iterator[None]:
+def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
     """Code inside decides as it would on `card`, while its fake tensors say that they are host's.
 
     Fake tensors of a CUDA device cannot go through autograd where PyTorch is built without CUDA;
@@ -51,8 +52,9 @@ def world(card: Card, *, padded: bool) -> Iterator[None]:
         def put(target: Any, **values: Any) -> None:
             stack.enter_context(patched(target, **values))
 
-        # A fake tensor counts as tracing, under which masks are never left out.
-        put(masking_utils, is_tracing=lambda *_: False, fast_all=lambda *_: not padded)
+        # A fake tensor counts as tracing, under which masks are never left out: right for packed
+        # rows, whose documents do not see each other, and for no others.
+        put(masking_utils, is_tracing=lambda *_: packed, fast_all=lambda *_: not padded)
         put(nn.Module, _apply=_apply)
         put(checkpoint, get_device_states=lambda *_: ([], []))
         put(checkpoint, set_device_states=lambda *_, **__: None)
@@ -62,8 +64,9 @@ def world(card: Card, *, padded: bool) -> Iterator[None]:
             put(torch, dropout=_dropout, autocast=Autocast)
             put(torch.amp, autocast=Autocast)
             put(torch.amp.autocast_mode, autocast=Autocast)
-            if find_spec("trl") is not None:
-                _triton(put)
+            _triton(put)
+            if find_spec("bitsandbytes") is not None:
+                _quantized(put)
         yield
 
 
@@ -125,6 +128,16 @@ def _apply(module: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> n
         if buffer is not None:
             module._buffers[name] = fn(buffer)
     return module
+
+
+def _quantized(put: Callable[..., None]) -> None:
+    import bitsandbytes
+    import peft.tuners.lora.dora
+    import peft.tuners.lora.layer
+
+    put(bitsandbytes, matmul=int8.matmul)
+    for module in (peft.tuners.lora.dora, peft.tuners.lora.layer):
+        put(module, dequantize_module_weight=int8.dequantized)
 
 
 class _NoKernel:

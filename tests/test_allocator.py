@@ -1,0 +1,91 @@
+"""The model of the caching allocator."""
+
+from __future__ import annotations
+
+import pytest
+
+from oomguard.memory.allocator import RELEASE, CachingAllocator, Mark, Timeline, replay
+
+MIB = 2**20
+
+
+def test_small_and_large_requests_get_the_segments_of_pytorch() -> None:
+    for nbytes, reserved in (
+        (1, 2 * MIB),
+        (MIB, 2 * MIB),
+        (MIB + 1, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (11 * MIB + 1, 12 * MIB),
+    ):
+        pool = CachingAllocator()
+        assert pool.malloc(0, nbytes)
+        assert pool.reserved_bytes == reserved
+
+
+def test_blocks_are_rounded_split_and_merged() -> None:
+    pool = CachingAllocator()
+    for key in range(3):
+        pool.malloc(key, 1000)
+    assert (pool.allocated_bytes, pool.reserved_bytes) == (3 * 1024, 2 * MIB)
+    for key in (0, 2, 1):
+        pool.free(key)
+    pool.malloc(3, MIB)
+    pool.malloc(4, MIB)
+    assert pool.reserved_bytes == 2 * MIB
+
+
+def test_a_rest_of_a_mebibyte_stays_with_a_large_block() -> None:
+    pool = CachingAllocator()
+    pool.malloc(0, 20 * MIB)
+    pool.free(0)
+    pool.malloc(1, 19 * MIB)
+    assert pool.allocated_bytes == 20 * MIB
+
+
+def test_the_cache_is_released_before_a_request_fails() -> None:
+    pool = CachingAllocator(limit_bytes=40 * MIB)
+    pool.malloc(0, 30 * MIB)
+    pool.free(0)
+    assert pool.malloc(1, 36 * MIB)
+    assert pool.reserved_bytes == 36 * MIB
+    assert not pool.malloc(2, 20 * MIB)
+
+
+def test_expandable_segments_grow_by_what_is_missing() -> None:
+    native, expandable = CachingAllocator(), CachingAllocator(expandable=True)
+    for pool in (native, expandable):
+        pool.malloc(0, 40 * MIB)
+        pool.free(0)
+        pool.malloc(1, 60 * MIB)
+    assert native.reserved_bytes == 100 * MIB
+    assert expandable.reserved_bytes == 60 * MIB
+
+
+def test_free_pages_of_expandable_segments_are_given_back_and_taken_again() -> None:
+    pool = CachingAllocator(expandable=True)
+    for key in range(3):
+        pool.malloc(key, 40 * MIB)
+    pool.free(1)
+    pool.release_cached()
+    assert pool.reserved_bytes == 80 * MIB
+    pool.malloc(3, 40 * MIB)
+    assert pool.reserved_bytes == 120 * MIB
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_a_timeline_says_when_its_peak_is(expandable: bool) -> None:
+    events = [
+        Mark("load"),
+        (0, 20 * MIB),
+        Mark("forward"),
+        (1, 40 * MIB),
+        (1, -1),
+        RELEASE,
+        (2, 20 * MIB),
+    ]
+    found = replay(Timeline(events, ["weights"] * 3), expandable=expandable)
+    assert found is not None
+    assert (found.peak_allocated_bytes, found.phase, found.peak_index) == (60 * MIB, "forward", 3)
+    assert found.peak_reserved_bytes == 60 * MIB
+    tight = 60 * MIB - 1
+    assert replay(Timeline(events, []), expandable=expandable, limit_bytes=tight) is None

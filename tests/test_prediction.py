@@ -1,0 +1,217 @@
+"""Estimates: against measured peaks, at further points, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, GPT2Config, LlamaConfig, MixtralConfig, ViTConfig
+
+from benchmarks.prediction import CARD, DATA, estimated, rows_of
+from oomguard import ConfigurationError, Plan, estimate
+from oomguard.memory.cards import Card
+from oomguard.prediction import closed_form
+from oomguard.prediction.kernels import fused_4bit
+from oomguard.prediction.predictor import Predictor
+from oomguard.prediction.settings import Settings
+from tests import tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+GIB = 2**30
+LORA = {"lora_r": 8, "target_modules": ("q_proj", "v_proj")}
+# One of each: 4-bit, unquantized, tied full fine-tune, padded without GQA, the math attention.
+MEASURED = {
+    "mistral-7b": {"settings": {"quantization": "nf4"}, "checkpointing": True},
+    "llama32-1b": {"settings": {"mixed_precision": "no"}, "checkpointing": True},
+    "smollm2-135m": {"settings": {"dtype": "float32", "mixed_precision": "no"}},
+    "qwen25-1.5b": {"settings": {}, "checkpointing": False},
+}
+
+
+def deep(**changes: Any) -> LlamaConfig:
+    values = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 9}
+    return tiny.config(**{**values, **changes})
+
+
+def lora(**changes: Any) -> Plan:
+    values: dict[str, Any] = {"per_device_train_batch_size": 2, "max_length": 64, **LORA}
+    return Plan(**{**values, "gradient_checkpointing": True, **changes})
+
+
+@pytest.mark.parametrize("model", MEASURED)
+def test_a_measured_peak_is_met(model: str) -> None:
+    want = MEASURED[model]
+    row = next(
+        row
+        for row in rows_of(DATA / "h100-sft.json")
+        if row["model"] == model
+        and row["settings"] == want["settings"]
+        and row["plan"]["gradient_checkpointing"] == want.get("checkpointing", True)
+        and "peak_allocated_bytes" in row
+    )
+    found = estimated(row)
+    assert found.method == "traced"
+    assert found.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=0.005)
+    assert found.peak_reserved_bytes == pytest.approx(row["peak_reserved_bytes"], rel=0.06)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_further_point_is_what_a_trace_of_its_own_gives(quantization: str) -> None:
+    settings = Settings(quantization=quantization)
+    predictor = Predictor(deep(), settings)
+    predictor.at(lora())
+    for rows, length in ((4, 48), (1, 201)):
+        plan = lora(per_device_train_batch_size=rows, max_length=length)
+        further, own = predictor.at(plan), Predictor(deep(), settings).at(plan)
+        assert further.peak_allocated_bytes == own.peak_allocated_bytes
+        assert further.peak_reserved_bytes == own.peak_reserved_bytes
+        assert further.breakdown == own.breakdown
+        assert further.seconds < own.seconds
+
+
+def test_repeated_layers_are_what_every_layer_traced_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = lora(gradient_checkpointing=False)
+    few = Predictor(deep()).at(plan)
+    monkeypatch.setattr("oomguard.prediction.trace.cut", lambda *_: None)
+    every = Predictor(deep()).at(plan)
+    assert few.peak_allocated_bytes == every.peak_allocated_bytes
+    assert few.peak_reserved_bytes == every.peak_reserved_bytes
+
+
+def test_the_breakdown_adds_up_to_the_reserved_bytes() -> None:
+    found = estimate(deep(), lora())
+    assert sum(found.breakdown.values()) == found.peak_reserved_bytes
+    assert found.device_bytes == found.peak_reserved_bytes + found.card.context_bytes
+    assert json.loads(json.dumps(found.to_dict()))["breakdown"] == found.breakdown
+
+
+def test_a_tied_head_is_counted_once() -> None:
+    words = 4096 * 128 * 2
+    tied = estimate(deep(vocab_size=4096, tie_word_embeddings=True), lora())
+    apart = estimate(deep(vocab_size=4096, tie_word_embeddings=False), lora())
+    assert apart.breakdown["weights"] - tied.breakdown["weights"] == words
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_what_fits_is_replayed_under_the_limit(expandable: bool) -> None:
+    found = estimate(deep(), lora(), expandable_segments=expandable)
+    context = found.card.context_bytes
+    assert found.fits(found.device_bytes)
+    assert not found.fits(found.peak_allocated_bytes + context - 1)
+
+
+@pytest.mark.slow
+def test_what_is_asked_for_by_name_is_traced() -> None:
+    more: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (deep(), {"use_dora": True, "gradient_checkpointing": False}),
+        (deep(), {"quantization": "int8"}),
+        (deep(), {"quantization": "fp4", "double_quant": False}),
+        (deep(), {"attn_implementation": "eager", "padded": True}),
+        (deep(), {"packing": True}),
+        (deep(), {"trainer": "trainer", "gradient_accumulation_steps": 3}),
+        (deep(), {**_FULL, "optim": "adafactor"}),
+        (deep(), {**_FULL, "optim": "paged_adamw_32bit", "dtype": "float32"}),
+        (GPT2Config(n_layer=6, n_embd=64, n_head=4), {"target_modules": ("c_attn",)}),
+        (MixtralConfig(**_MIXTRAL), {}),
+    )
+    for config, settings in more:
+        found = estimate(config, **{**LORA, "max_length": 64, **settings})
+        assert (found.method, found.notes[:-1]) == ("traced", ()), settings
+
+
+_FULL: dict[str, Any] = {"lora_r": None, "target_modules": None}
+_MIXTRAL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_a_model_that_cannot_be_traced_gets_a_closed_form_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.nn.functional, "silu", _broken)
+    found = estimate(deep(), lora())
+    assert found.method == "closed form"
+    assert "LlamaForCausalLM could not be traced (RuntimeError: no such kernel)" in found.notes[0]
+    assert found.peak_reserved_bytes > found.breakdown["weights"] * closed_form.RESERVED
+
+
+def _broken(*_: Any, **__: Any) -> None:
+    msg = "no such kernel"
+    raise RuntimeError(msg)
+
+
+def test_an_estimate_leaves_the_process_as_it_was() -> None:
+    watched: tuple[Callable[[], Any], ...] = (
+        lambda: torch.autocast,
+        lambda: nn.functional.scaled_dot_product_attention,
+        lambda: nn.functional.dropout,
+        lambda: nn.Module._apply,
+        lambda: bitsandbytes.matmul,
+        lambda: bitsandbytes.optim.optimizer.GlobalOptimManager._instance,
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda: torch.get_rng_state().tolist(),
+    )
+    before = [read() for read in watched]
+    estimate(deep(), lora(optim="adamw_8bit"), quantization="nf4")
+    with pytest.raises(ConfigurationError):
+        estimate(deep(), lora(target_modules=("nothing",)))
+    assert [read() for read in watched] == before
+
+
+def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
+    trainer, twin = (tiny.sft_trainer(tmp_path / name, max_steps=1) for name in ("a", "b"))
+    found = estimate(trainer)
+    assert (found.plan.lora_r, found.settings.trainer, found.settings.padded) == (4, "sft", True)
+    assert found.plan.max_length == 96
+    assert (found.settings.dtype, found.settings.autocast) == ("float32", "no")
+    trainer.train()
+    twin.train()
+    assert tiny.largest_difference(tiny.weights(trainer), tiny.weights(twin)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        (BertConfig(architectures=["BertModel"]), {}, "no language-model head"),
+        (ViTConfig(), {}, "no language-model head"),
+        ("there/is/no/such", {}, "no configuration of a model can be read"),
+        (deep(), {"lora_r": None, "quantization": "nf4"}, "cannot be trained whole"),
+        (deep(), {"lora_r": None, "use_dora": True}, "belong to LoRA"),
+        (deep(), {"padded": True, "packing": True}, "exclude each other"),
+        (deep(), {"optim": "nothing"}, "no optimizer of TrainingArguments"),
+        (deep(), {"card": "nothing"}, "neither a size"),
+        (deep(), {"nothing": 1}, "neither a field of Plan nor of Settings"),
+    ],
+)
+def test_what_cannot_work_is_refused(model: Any, settings: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        estimate(model, **settings)
+
+
+def test_cards_are_known_by_name_and_by_size() -> None:
+    assert Card.of("NVIDIA H100 80GB HBM3") is Card.of("h100")
+    assert Card.of("RTX 4090").capability == (8, 9)
+    assert Card.of("12GiB").total_bytes == 12 * GIB
+    assert not Card.of("12GiB").known
+
+
+def test_bitsandbytes_own_rule_chooses_its_kernel() -> None:
+    card = Card.of(CARD)
+    few, many = 4, 2048
+    assert fused_4bit(card, torch.bfloat16, few, 4096, 4096)
+    assert not fused_4bit(card, torch.bfloat16, many, 4096, 4096)
+    assert not fused_4bit(Card.of("12GiB"), torch.bfloat16, few, 4096, 4096)
