@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from oomguard.prediction.result import Estimate
 
+
 def run(model: str, card: str | None, options: dict[str, Any]) -> Estimate:
     """The estimate of the options, under a progress bar where standard error is a terminal.
 
