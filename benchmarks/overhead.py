@@ -32,7 +32,7 @@ from oomguard.watch.readings import Meter, device_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WATCHERS: tuple[type[TrainerCallback], ...] = (oomguard.VRAMReporter,)
+WATCHERS: tuple[type[TrainerCallback], ...] = (oomguard.VRAMReporter, oomguard.LeakDetector)
 STEPS = 2000
 
 

@@ -95,6 +95,8 @@ class Comparison:
         floors = largest_difference(first, twin), update_difference(first, twin)
         comparison = cls(job, twin, *floors, Result(), loss_floor=losses_apart(first, twin))
         comparison.add("no guard", twin)
+        if not any((twin.weights[name] != start).any() for name, start in twin.initial.items()):
+            comparison.result.failures.append("the training changed no weight: nothing is compared")
         return comparison
 
     def add(self, name: str, trial: Trial, limit_bytes: int | None = None) -> Row:

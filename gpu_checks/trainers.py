@@ -34,7 +34,8 @@ from trl import (
 
 from gpu_checks.report import Check
 from gpu_checks.sections import Comparison, Result
-from gpu_checks.workload import LLAMA_190M, TINY, Job, model, text, tokenizer
+from gpu_checks.text import text, tokenizer
+from gpu_checks.workload import LLAMA_190M, TINY, Job, model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -181,7 +182,7 @@ def _share_right(prediction: Any) -> dict[str, float]:
 def _evaluated(job: OtherJob, settings: dict[str, Any]) -> Any:
     """Trains on few rows and evaluates many at once, with all of their logits."""
     held_out = Dataset.from_dict({"text": job.texts(8 * job.rows)})
-    few = {**settings, "per_device_train_batch_size": max(1, job.rows // 4)}
+    few = {**settings, "per_device_train_batch_size": max(1, job.rows // 16)}
     args = SFTConfig(
         **few, max_length=1024, eval_strategy="steps", eval_steps=2,
         per_device_eval_batch_size=4 * job.rows,

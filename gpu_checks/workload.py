@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import random
 from dataclasses import dataclass
-from functools import cache
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from gpu_checks.quantized import to_nf4
+from gpu_checks.text import cut, tokenizer
 from oomguard import CheckpointActivations, HalveSequence, Ladder, SplitBatch
 
 if TYPE_CHECKING:
@@ -280,34 +271,3 @@ def model(job: Job) -> Any:
     with torch.device("cpu" if job.on_cpu else "cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=compute)
     return to_nf4(model, compute) if job.load == "nf4" else model
-
-
-@cache
-def text() -> str:
-    """The topics of Python's language reference, which come with every Python."""
-    topics: dict[str, str] = pydoc_data.topics.topics
-    return "\n\n".join(topics.values())
-
-
-@cache
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of that many tokens, trained on the text."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<pad>", "<eos>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False
-    )
-    bpe.train_from_iterator(text().split("\n"), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
-
-
-@cache
-def _tokens(vocabulary: int) -> tuple[int, ...]:
-    return tuple(tokenizer(vocabulary)(text())["input_ids"])
-
-
-def cut(vocabulary: int, lengths: list[int]) -> list[list[int]]:
-    """One piece of the text after another; from its start again when it ends."""
-    source = cycle(_tokens(vocabulary))
-    return [list(islice(source, length)) for length in lengths]

@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oomguard.diagnosis.diagnose import diagnose
+    from oomguard.diagnosis.finding import Diagnosis, Finding
     from oomguard.errors import (
         ConfigurationError,
         LadderExhaustedError,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     )
     from oomguard.search import find_plan
     from oomguard.search_result import SearchResult
+    from oomguard.watch.leak import LeakDetector
     from oomguard.watch.reporter import VRAMReporter
 
 __version__ = "0.1.0"
@@ -38,12 +41,15 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Estimate",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "NothingFitsError",
@@ -60,6 +66,7 @@ __all__ = [
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
+    "diagnose",
     "estimate",
     "find_plan",
     "fit",
@@ -78,7 +85,10 @@ _MODULES = (
     "prediction.result",
     "search",
     "search_result",
+    "watch.leak",
     "watch.reporter",
+    "diagnosis.finding",
+    "diagnosis.diagnose",
 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from oomguard.errors import ConfigurationError
-from oomguard.memory import device, entered
+from oomguard.memory import device, simulated
 from oomguard.memory.cards import Card
 from oomguard.prediction.result import CLOSED_FORM, TRACED
 
@@ -37,7 +37,7 @@ class Budget:
         Raises:
             ConfigurationError: It is no card, or none is named and none is here.
         """
-        named, virtual = Card.of(card), entered.current()
+        named, virtual = Card.of(card), simulated.current()
         if virtual is not None and virtual.capacity_bytes is not None:
             total = min(virtual.capacity_bytes, named.total_bytes or virtual.capacity_bytes)
             found = replace(named, name="VirtualCard", total_bytes=total)

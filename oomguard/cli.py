@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,12 @@ def main(
     """Finish the fine-tune when CUDA runs out of memory."""
 
 
+def _check_script(script: str, *, module: bool) -> None:
+    if not module and not Path(script).exists():
+        msg = f"there is no {script}; name a script, or use -m for a module"
+        raise typer.BadParameter(msg)
+
+
 # Everything after the script is the script's, also what looks like an option of ours.
 @app.command(
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
@@ -93,9 +100,7 @@ def run(
     """
     from oomguard import supervise
 
-    if not module and not Path(script).exists():
-        msg = f"there is no {script}; name a script, or use -m for a module"
-        raise typer.BadParameter(msg)
+    _check_script(script, module=module)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         msg = (
@@ -159,6 +164,39 @@ def estimate(
         from oomguard.prediction import command
 
         found = command.run(model, card, settings)
+    if json_:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
+    no_args_is_help=True,
+)
+def diagnose(
+    script: Annotated[str, typer.Argument(help="The script; with -m, the name of a module.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="The script's own arguments.")
+    ] = None,
+    *,
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    json_: Json = False,
+) -> None:
+    """Run a training script up to its training, and say what in its setup wastes memory.
+
+    What the script prints goes to stderr.
+    """
+    from oomguard.diagnosis.script import diagnose_script
+
+    _check_script(script, module=module)
+    with redirect_stdout(sys.stderr):
+        found = diagnose_script([script, *(arguments or ())], module=module)
+    if found is None:
+        sys.stderr.write(f"oomguard: {script} ended without a call of Trainer.train()\n")
+        raise typer.Exit(1)
     if json_:
         sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
     else:
@@ -239,3 +277,29 @@ def find(
         from rich.console import Console
 
         Console().print(find_command.as_table(found))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The trainer's output_dir.")],
+    *,
+    html: Annotated[
+        Path | None, typer.Option(help="Where the page goes instead of RUN_DIR/oomguard.html.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the timeline there as a PNG too.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show what happened to a run, and write it as one HTML file that needs no network."""
+    from oomguard.report.command import write
+
+    try:
+        written = write(run_dir, html, png)
+    except (oomguard.OomguardError, OSError) as error:
+        sys.stderr.write(f"oomguard: {' '.join(str(error).split())}\n")
+        raise typer.Exit(2) from error
+    if json_:
+        sys.stdout.write(json.dumps(written.to_dict(), indent=2, default=str) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(written)

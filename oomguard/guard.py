@@ -23,7 +23,7 @@ from oomguard.levers.optimizer import optim_name
 from oomguard.outside import Outside
 from oomguard.plan import Plan
 from oomguard.protection import Course
-from oomguard.report import Report, Status
+from oomguard.report import REPORT_NAME, Report, Status
 from oomguard.rollout_step import transaction_of
 from oomguard.rung import rung_name
 from oomguard.watch.recorder import recorded
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 logger = logging.getLogger("oomguard")
-
-REPORT_NAME = "oomguard.json"
 
 
 def fit(

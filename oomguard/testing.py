@@ -5,23 +5,19 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Collection
-from itertools import chain
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
-    is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
 
 from oomguard.errors import ConfigurationError
-from oomguard.memory import entered
+from oomguard.memory import simulated
 from oomguard.memory.size import format_bytes, parse_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+from oomguard.memory.storages import owned_tensors, storages
 
 _BLOCK_BYTES = 512  # kMinBlockSize of CUDACachingAllocator
 # Of these ops the first argument says nothing about what was there before: `torch.tensor(...)` and
@@ -147,7 +143,7 @@ class VirtualCard(TorchDispatchMode):
             msg = f"this VirtualCard is {self._state}: call track() inside its `with` block"
             raise RuntimeError(msg)
         loaded: list[int] = []
-        for storage in _storages(list(_owned(items))):
+        for storage in storages(list(owned_tensors(items))):
             nbytes = _rounded(storage)
             if id(storage) in self._held or storage.device.type == "meta":
                 continue
@@ -166,12 +162,12 @@ class VirtualCard(TorchDispatchMode):
         self._state = "entered"
         self._pid = os.getpid()
         super().__enter__()
-        entered.enter(self)
+        simulated.enter(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)
-        entered.leave(self)
+        simulated.leave(self)
         self._state = "left"
         self._held.clear()  # the weak references go, and their callbacks with them
 
@@ -188,13 +184,13 @@ class VirtualCard(TorchDispatchMode):
 
     def _count(self, out: Any, inputs: Any) -> str | None:
         """Count what an op returned; the text of the error where it does not fit."""
-        for storage in _storages(out):
+        for storage in storages(out):
             nbytes = _rounded(storage)
             held = self._held.get(id(storage))
             if held is None:
                 if storage.device.type == "meta":
                     continue  # fake tensors too
-                if any(storage is old for old in _storages(inputs)):
+                if any(storage is old for old in storages(inputs)):
                     continue  # older than the card
                 if nbytes and (refusal := self._request(nbytes)):
                     return refusal
@@ -280,38 +276,6 @@ class _Held(weakref.ref[torch.UntypedStorage]):
 
 def _rounded(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // _BLOCK_BYTES) * _BLOCK_BYTES
-
-
-def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """The storages of the tensors in what an op took or returned."""
-    if isinstance(value, torch.Tensor):
-        try:
-            yield value.untyped_storage()
-        except NotImplementedError:  # a sparse or an opaque tensor
-            if value.layout is torch.sparse_coo:
-                # indices() and values() would refuse uncoalesced tensors: gradients are that.
-                yield value._indices().untyped_storage()  # noqa: SLF001
-                yield value._values().untyped_storage()  # noqa: SLF001
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _storages(item)
-    elif isinstance(value, dict):
-        yield from _storages(list(value.values()))
-
-
-def _owned(items: Iterable[torch.nn.Module | torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The plain tensors that modules and tensors consist of, gradients included."""
-    for item in items:
-        if isinstance(item, torch.nn.Module):
-            yield from _owned(chain(item.parameters(), item.buffers()))
-            continue
-        if is_traceable_wrapper_subclass(item):
-            names, _ = item.__tensor_flatten__()
-            yield from _owned(getattr(item, name) for name in names)
-        else:
-            yield item
-        if item.is_leaf and item.grad is not None:
-            yield from _owned([item.grad])
 
 
 def _ordinals(fail_at: int | Collection[int] | None) -> frozenset[int]:

@@ -19,7 +19,7 @@ from oomguard.levers.batch import CannotActError
 from oomguard.levers.keepsake import Keepsake
 from oomguard.levers.live import read_plan
 from oomguard.levers.longest import has_rows
-from oomguard.memory import device, entered
+from oomguard.memory import device, simulated
 from oomguard.memory.size import format_bytes
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def refusal(trainer: Any, plan: Plan) -> str | None:
     not begun to train.
     """
     args, name = trainer.args, type(trainer).__name__
-    if entered.current() is None and args.device.type != "cuda":
+    if simulated.current() is None and args.device.type != "cuda":
         return f"there is nothing to measure: it trains on {args.device.type!r}"
     if hooks.is_installed(trainer):
         return "it is inside a Guard"
@@ -244,7 +244,7 @@ def _outside_bytes() -> int:
 
 
 def _start_peaks() -> None:
-    card = entered.current()
+    card = simulated.current()
     if card is not None:
         card.take_peak()
     device.reset_peaks()
@@ -252,7 +252,7 @@ def _start_peaks() -> None:
 
 def _peaks() -> tuple[int, int | None]:
     """The most bytes allocated and reserved since `_start_peaks`."""
-    card, stats = entered.current(), device.allocator_stats()
+    card, stats = simulated.current(), device.allocator_stats()
     if card is not None:
         return card.take_peak(), None
     assert stats is not None  # noqa: S101 - `refusal` has seen to it

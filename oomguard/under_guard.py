@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import TracebackType
 
-_TRAINER_MODULE = "transformers.trainer"
+TRAINER_MODULE = "transformers.trainer"
 
 
 class AfterImport(MetaPathFinder):
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         trainer_class.train = train
 
-    sys.meta_path.insert(0, AfterImport(_TRAINER_MODULE, guard_trainings))
+    sys.meta_path.insert(0, AfterImport(TRAINER_MODULE, guard_trainings))
     try:
         run_script(script, module=options.module)
     except SystemExit as error:
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 - shown as Python shows it, and told the supervisor
         text = str(error).strip().split("\n")[0]
         journal.end(kind_of(error), f"{type(error).__name__}: {text}")
-        trace = _from_script(error.__traceback__)
+        trace = from_script(error.__traceback__, __file__)
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         sys.exit(1)
 
@@ -146,9 +146,9 @@ def kind_of(error: Exception) -> str:
     return "crash"
 
 
-def _from_script(trace: TracebackType | None) -> TracebackType | None:
-    """The part of a traceback that begins in the script."""
-    ours = {__file__, runpy.__file__, "<frozen runpy>"}
+def from_script(trace: TracebackType | None, caller: str) -> TracebackType | None:
+    """The part of a traceback that begins in the script, which the file `caller` runs."""
+    ours = {caller, __file__, runpy.__file__, "<frozen runpy>"}
     frame = trace
     while frame is not None and frame.tb_frame.f_code.co_filename in ours:
         frame = frame.tb_next

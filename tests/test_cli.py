@@ -64,3 +64,47 @@ def test_doctor_prints_tables() -> None:
     assert done.exit_code == 0
     for part in ("transformers", "SplitBatch", "allocator settings"):
         assert part in done.stdout
+
+
+TRAINS = """
+    import sys
+    from pathlib import Path
+    from tests.setups import load, sft
+    print("made", sys.argv[1:])
+    try:
+        sft(Path(sys.argv[1]), load(attn_implementation="eager")).train()
+    except Exception:
+        print("not caught by this")
+    print("not reached")
+"""
+
+
+def test_diagnose_runs_a_script_up_to_its_training(tmp_path: Path) -> None:
+    write(tmp_path / "trains.py", TRAINS)
+    done = output(tmp_path, "-m", "oomguard", "diagnose", "trains.py", "there", "--json")
+    assert (done[0], "eager_attention" in done[1], "made" in done[1]) == (0, True, False), done
+    assert "made ['there', '--json']" in done[2]
+    assert "not" not in done[2].split("made")[1].split("\n")[1:]
+    done = output(tmp_path, "-m", "oomguard", "diagnose", "--json", "-m", "trains", "there")
+    found = json.loads(done[1])
+    assert (done[0], [each["name"] for each in found["findings"]]) == (0, ["eager_attention"])
+    assert not [path for path in tmp_path.glob("there/*") if path.name.startswith("checkpoint")]
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [
+        ("import transformers", 1, "ended without a call of Trainer.train()"),
+        ("import sys; sys.exit(0)", 1, "ended without a call of Trainer.train()"),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import nothing_of_that_name", 1, "ModuleNotFoundError"),
+    ],
+)
+def test_diagnose_says_that_a_script_trains_nothing(
+    text: str, status: int, said: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "ends.py", text)
+    done = output(tmp_path, "-m", "oomguard", "diagnose", "ends.py")
+    assert (done[0], done[1]) == (status, "")
+    assert said in done[2]
+    assert "oomguard/" not in done[2], "the traceback begins in the script"

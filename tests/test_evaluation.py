@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,154 +9,31 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import oomguard
-from oomguard.levers.batch import measure
 from oomguard.testing import VirtualCard
 from tests import kinds, tiny
+from tests.evaluation import (
+    EVALUATED,
+    KINDS,
+    ROWS,
+    Device,
+    Short,
+    assert_close,
+    causal_lm,
+    changes,
+    logits_are_asked_for,
+    numbers,
+    shorten,
+    summarizer,
+)
 from tests.twin import assert_same, run, sft
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from oomguard.report import Report
-
-# TRL warns whoever asks for logits, and that is one of oomguard's frames here.
-pytestmark = pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
-
-ROWS = 20  # two batches of 8 rows and one of 4
-EVALUATED: dict[str, Any] = {"per_device_eval_batch_size": 8}
-CLOCK = ("_runtime", "_per_second", "_preparation_time")
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Depends on every logit, on their order, and on the labels beside them."""
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    labels = prediction.label_ids
-    weight = np.arange(labels.size).reshape(labels.shape) / labels.size
-    if logits.ndim > labels.ndim:
-        return {"weighted": float(((logits.max(-1) + labels) * weight).mean())}
-    return {"weighted": float((logits[:, : labels.shape[1]] * weight).mean())}
-
-
-class Device:
-    """What a device can evaluate; not kept on the trainer, whose numbers are put back.
-
-    Attributes:
-        most: Rows, or documents of a packed row, that it holds at once.
-        failing: Numbers of calls that fail whatever they hold, counted from 1.
-        at: Which allocation of a call fails.
-        met: How many calls have failed.
-    """
-
-    def __init__(self, most: int, failing: tuple[int, ...] = ()) -> None:
-        self.most, self.failing, self.at = most, failing, 20
-        self.calls = self.met = 0
-
-    def fails(self, inputs: Any) -> bool:
-        self.calls += 1
-        shape = measure(inputs)
-        short = self.calls in self.failing or (shape is not None and shape.units > self.most)
-        self.met += short
-        return short
-
-
-class Short(Trainer):
-    """Below the guard: evaluates on a `Device`."""
-
-    device: Device
-
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with VirtualCard(fail_at=self.device.at if self.device.fails(inputs) else 10**9):
-            return super().prediction_step(model, inputs, *args, **kwargs)
-
-
-def shorten(trainer: Any, most: int, *failing: int) -> Any:
-    own = type(trainer)
-    trainer.__class__ = type(own.__name__, (Short, own), {})
-    trainer.device = Device(most, failing)
-    return trainer
-
-
-def causal_lm(folder: Path, **changes: Any) -> Any:
-    trainer = kinds.make(folder, **{**EVALUATED, **changes})
-    trainer.eval_dataset = kinds.encoded(ROWS)
-    trainer.compute_metrics = accuracy
-    return trainer
-
-
-def with_metrics(make: Callable[..., Any], folder: Path) -> Any:
-    trainer = make(folder)
-    trainer.args.per_device_eval_batch_size = 8
-    trainer.eval_dataset = trainer.train_dataset[:ROWS]
-    trainer.compute_metrics = accuracy
-    return trainer
-
-
-def masked_lm(folder: Path) -> Any:
-    # Of the seed alone: which tokens are masked must not depend on what ran before.
-    return with_metrics(kinds.masked_lm, folder)
-
-
-def summarizer(folder: Path, **changes: Any) -> Any:
-    base = kinds.seq2seq(folder)
-    values = {"output_dir": str(folder), **EVALUATED, **kinds.QUIET, "generation_max_length": 24}
-    args = Seq2SeqTrainingArguments(**{**values, "predict_with_generate": True, **changes})
-    return Seq2SeqTrainer(
-        model=base.model,
-        args=args,
-        train_dataset=base.train_dataset,
-        eval_dataset=base.train_dataset[:ROWS],
-        data_collator=base.data_collator,
-        processing_class=kinds.MASKING,
-        compute_metrics=accuracy,
-    )
-
-
-def sft_rows(folder: Path, **changes: Any) -> Any:
-    arguments = {"eval_dataset": tiny.text_dataset(ROWS), **changes.pop("trainer_arguments", {})}
-    return tiny.sft_trainer(folder, trainer_arguments=arguments, **{**EVALUATED, **changes})
-
-
-KINDS: dict[str, Callable[[Path], Any]] = {
-    "causal": causal_lm,
-    "causal, smoothed": partial(causal_lm, label_smoothing_factor=0.1),
-    "causal, gathered on the CPU": partial(causal_lm, eval_accumulation_steps=1),
-    "causal, loss only": partial(causal_lm, prediction_loss_only=True),
-    "causal, losses and inputs": partial(causal_lm, include_for_metrics=["loss", "inputs"]),
-    "masked": masked_lm,
-    "tokens": partial(with_metrics, kinds.token_classes),
-    "rows": partial(with_metrics, kinds.row_classes),
-    "encoder-decoder": partial(with_metrics, kinds.seq2seq),
-    "generated": summarizer,
-    "generated in a loop": partial(summarizer, num_train_epochs=2),
-    "SFT": sft_rows,
-    "SFT with logits": partial(sft_rows, trainer_arguments={"compute_metrics": accuracy}),
-    "SFT, padding-free": partial(sft_rows, padding_free=True, max_length=None),
-    "SFT, packed": partial(sft_rows, packing=True, eval_packing=True, max_length=256),
-}
-
-
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if not key.endswith(CLOCK)}
-
-
-def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
-    assert found.keys() == expected.keys()
-    off = {
-        key: value
-        for key, value in found.items()
-        if not math.isclose(value, expected[key], rel_tol=2e-6, abs_tol=1e-6)
-    }
-    assert not off, {key: (value, expected[key]) for key, value in off.items()}
-
-
-def changes(report: Report) -> list[str | None]:
-    assert report.plan == report.initial_plan
-    return [recovery.change for recovery in report.recoveries]
+pytestmark = logits_are_asked_for
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -355,81 +230,6 @@ def test_a_callback_that_runs_out_of_memory_is_named(event: str, tmp_path: Path)
     assert guard.report.status == "failed"
     assert f"Greedy.{event}" in str(guard.report.error)
     assert "call_event" not in vars(trainer.callback_handler)
-
-
-class PlacedCard(VirtualCard):
-    """Writes down the phase of every allocation."""
-
-    def __init__(self, trainer: Any, fail_at: Any) -> None:
-        super().__init__(fail_at=fail_at)
-        self.phases: list[str | None] = []
-        self._trainer = trainer
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        new = self.allocations - len(self.phases)
-        self.phases += [self._trainer._oomguard.outside.phase] * new
-        return out
-
-
-def faults_that_show(
-    build: Callable[[], Any], faults: Iterable[int], expected: dict[str, float]
-) -> dict[int, str]:
-    found = {}
-    for fault in faults:
-        trainer = build()
-        try:
-            tf.set_seed(1)
-            with VirtualCard(fail_at=fault), oomguard.Guard(trainer) as guard:
-                metrics = numbers(trainer.evaluate())
-            assert_close(metrics, expected)
-            assert len(changes(guard.report)) == 1
-        except Exception as error:  # noqa: BLE001 - which allocation it was is the finding
-            found[fault] = f"{type(error).__name__}: {error}"
-    return found
-
-
-EVERY: dict[str, Callable[[Path], Any]] = {
-    "causal": causal_lm,
-    "SFT with logits": KINDS["SFT with logits"],
-    "generated": summarizer,
-}
-
-
-def allocations(build: Callable[[], Any], expected: dict[str, float]) -> int:
-    trainer = build()
-    tf.set_seed(1)
-    with oomguard.Guard(trainer) as guard, PlacedCard(trainer, 10**9) as card:
-        assert numbers(trainer.evaluate()) == expected
-    assert not guard.report.recoveries
-    return card.allocations
-
-
-@pytest.mark.parametrize("kind", EVERY)
-def test_any_allocation_of_an_evaluation_may_fail(kind: str, tmp_path: Path) -> None:
-    build = partial(EVERY[kind], tmp_path)
-    tf.set_seed(1)
-    expected = numbers(build().evaluate())
-    count = allocations(build, expected)
-    sample = range(1, count + 1, max(1, count // 12))
-    assert not faults_that_show(build, sample, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("kind", EVERY)
-def test_every_allocation_of_an_evaluation_may_fail(
-    kind: str, part: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    build = partial(EVERY[kind], tmp_path)
-    tf.set_seed(1)
-    expected = numbers(build().evaluate())
-    count = allocations(build, expected)
-    every = range(1 + part, count + 1, 4)
-    found = faults_that_show(build, every, expected)
-    with capsys.disabled():
-        print(f"\n{kind}: {len(every)} of {count} allocations failed")
-    assert not found, Counter(found.values())
 
 
 def test_a_batch_predicted_by_hand_is_split_too(tmp_path: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from peft import LoraConfig
 
-import oomguard
-from oomguard.ladder import Ladder
-from oomguard.rung import Fidelity
 from oomguard.testing import VirtualCard
 from tests import tiny
+from tests.allocations import NEVER_SPENT, LoggingCard
 from tests.twin import Build, Run, differences, run
 
 if TYPE_CHECKING:
@@ -24,8 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
 
-    from oomguard.event import OOMEvent
-    from oomguard.plan import Plan
+    from oomguard.ladder import Ladder
 
 PHASES = {"setup", "fetch", "forward", "backward", "clip", "optimizer", "bookkeeping"}
 PARTS = 16  # of the exhaustive tests, so that all cores take part
@@ -39,18 +36,6 @@ LORA = LoraConfig(
     init_lora_weights=False,  # B is not 0: every weight has a gradient at the first step
     task_type="CAUSAL_LM",
 )
-
-
-class AnotherTry(oomguard.Rung):
-    """A rung that never ends and changes nothing that these trainings read."""
-
-    fidelity = Fidelity.EXACT
-
-    def __call__(self, plan: Plan, event: OOMEvent) -> Plan:
-        return replace(plan, max_pass_tokens=(plan.max_pass_tokens or 10**9) - 1)
-
-
-NEVER_SPENT = Ladder(oomguard.CheckpointActivations(), AnotherTry())
 
 
 @cache
@@ -70,36 +55,6 @@ def packing_trainer(folder: Path) -> Trainer:
     return tiny.sft_trainer(
         folder, lora=LORA, dataset=rows(), max_steps=1, packing=True, per_device_train_batch_size=1
     )
-
-
-class LoggingCard(VirtualCard):
-    """A card with room for everything that writes down where each allocation was made.
-
-    Attributes:
-        places: Phase and optimizer step of every allocation; both as in an `OOMEvent`.
-    """
-
-    def __init__(self, build: Build) -> None:
-        """Take what makes the trainer; call the card's own `build` in its place."""
-        super().__init__(fail_at=10**9)
-        self.places: list[tuple[str, int]] = []
-        self._build = build
-        self._trainer: Any = None
-
-    def build(self, folder: Path) -> Any:
-        self._trainer = self._build(folder)
-        return self._trainer
-
-    def numbers(self, *phases: str) -> list[int]:
-        """The numbers of the allocations in these phases, as `fail_at` takes them."""
-        return [number for number, (phase, _) in enumerate(self.places, 1) if phase in phases]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        new = self.allocations - len(self.places)
-        phase = self._trainer._oomguard.transaction.phase
-        self.places += [(phase, self._trainer.state.global_step + 1)] * new
-        return out
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,10 @@ from oomguard.ladder import Ladder
 from oomguard.rungs import SplitBatch
 from oomguard.testing import VirtualCard
 from tests import tiny
+from tests.allocations import NEVER_SPENT
 from tests.preferences import dpo
 from tests.sampling import grpo
-from tests.test_every_allocation import (
-    NEVER_SPENT,
-    PARTS,
-    PHASES,
-    Step,
-    faults_that_show,
-    without_faults,
-)
+from tests.test_every_allocation import PARTS, PHASES, Step, faults_that_show, without_faults
 from tests.test_sampling import CLOSE
 from tests.twin import Build, beyond, differences, run
 

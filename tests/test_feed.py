@@ -2,133 +2,36 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import (
-    BatchEncoding,
-    DataCollatorForLanguageModeling,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 import oomguard
 from oomguard.testing import VirtualCard
 from tests import tiny
-from tests.test_every_allocation import NEVER_SPENT, LoggingCard
+from tests.allocations import NEVER_SPENT, LoggingCard
+from tests.feed import (
+    LADDER,
+    Once,
+    RaisingRows,
+    Recording,
+    RowsByBatch,
+    Stream,
+    assert_same_batches,
+    collate,
+    fetch_failures,
+    make,
+    raising_collator,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from oomguard.report import Report
     from tests.twin import Build
-
-ROWS = 20
-LADDER = oomguard.Ladder(oomguard.CheckpointActivations())
-
-
-class Rows(Dataset[dict[str, list[int]]]):
-    """Texts of different lengths; the first token of a row is its number."""
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        self.asked.append(index)
-        text = tiny.tokenizer()(tiny.texts()[index])["input_ids"]
-        return {"input_ids": [index, *text[: 6 + index % 5]]}
-
-
-class RowsByBatch(Rows):
-    def __getitems__(self, indices: list[int]) -> list[dict[str, list[int]]]:
-        return [self[index] for index in indices]
-
-
-class Stream(IterableDataset[dict[str, list[int]]]):
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        rows = Rows()
-        return (rows[index] for index in range(ROWS))
-
-
-def collate(rows: list[dict[str, list[int]]]) -> BatchEncoding:
-    """Padded tensors, as collators of transformers return them."""
-    batch = tiny.tokenizer().pad(rows, return_tensors="pt")
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return batch
-
-
-class Recording(Trainer):
-    """Keeps what its steps are given. Nothing in these tests replays one."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.seen: tuple[dict[str, torch.Tensor], ...] = ()
-        self.counts: tuple[int, ...] = ()
-
-    def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        self.seen += (dict(inputs),)
-        self.counts += (int(num_items_in_batch),)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    @property
-    def order(self) -> list[list[int]]:
-        """The numbers of the rows, batch by batch."""
-        return [batch["input_ids"][:, 0].tolist() for batch in self.seen]
-
-
-def make(
-    folder: Path,
-    *,
-    dataset: Any = None,
-    collator: Any = collate,
-    cls: type[Recording] = Recording,
-    **changes: Any,
-) -> Any:
-    """Three steps of two batches of two rows: a bit more than an epoch of five steps in all."""
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 6,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "seed": 7,
-    }
-    return cls(
-        model=tiny.llama(num_hidden_layers=1),
-        args=TrainingArguments(**{**settings, **changes}),
-        train_dataset=Rows() if dataset is None else dataset,
-        data_collator=collator,
-    )
-
-
-def assert_same_batches(trainer: Recording, twin: Recording) -> None:
-    assert len(trainer.seen) == len(twin.seen) > 0
-    for batch, expected in zip(trainer.seen, twin.seen, strict=True):
-        torch.testing.assert_close(batch, expected, rtol=0, atol=0)
-    assert trainer.counts == twin.counts
-    assert tiny.largest_difference(tiny.weights(trainer), tiny.weights(twin)) == 0
-
-
-def fetch_failures(report: Report) -> int:
-    assert {recovery.event.phase for recovery in report.recoveries} <= {"fetch"}
-    return len(report.recoveries)
 
 
 def fail_in_turn(build: Build, folder: Path, most: int) -> None:
@@ -144,9 +47,6 @@ def fail_in_turn(build: Build, folder: Path, most: int) -> None:
         with VirtualCard(fail_at=k):
             assert fetch_failures(oomguard.fit(trainer, ladder=LADDER)) == 1
         assert_same_batches(trainer, twin)
-
-
-# Single operations.
 
 
 def test_any_allocation_may_fail_while_batches_are_fetched_counted_and_moved(
@@ -175,34 +75,6 @@ def test_random_masks_are_drawn_anew_the_same(seed: int | None, tmp_path: Path) 
     fail_in_turn(build, tmp_path, most=20)
 
 
-# Python code that raises, as a kernel of another library would.
-
-
-class Once:
-    """Raises an out-of-memory at the given calls, counted from 1."""
-
-    def __init__(self, *at: int) -> None:
-        self.at = at
-        self.calls = 0
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.calls in self.at:
-            msg = "CUDA out of memory. Tried to allocate 2.00 MiB."
-            raise torch.OutOfMemoryError(msg)
-
-
-class RaisingRows(Rows):
-    def __init__(self, fault: Once) -> None:
-        super().__init__()
-        self._fault = fault
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        row = super().__getitem__(index)
-        self._fault()
-        return row
-
-
 class RaisingRowsByBatch(RowsByBatch):
     def __init__(self, fault: Once) -> None:
         super().__init__()
@@ -228,15 +100,6 @@ class RaisingCount(Recording):
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         self.fault()
         return super()._get_num_items_in_batch(batch_samples, device)
-
-
-def raising_collator(fault: Once, inner: Any = collate) -> Callable[[Any], Any]:
-    def raising(rows: Any) -> Any:
-        batch = inner(rows)
-        fault()
-        return batch
-
-    return raising
 
 
 def collate_for_a_raising_move(fault: Once) -> Callable[[Any], Any]:
@@ -319,137 +182,6 @@ def test_a_lasting_shortage_ends_the_training_with_the_ladders_error(tmp_path: P
         oomguard.fit(trainer, ladder=LADDER)
     assert trainer.state.global_step == 2
     assert len(trainer.order) == 4
-
-
-# Loaders.
-
-
-class InWorker(Rows):
-    """Says in which worker a row was made; its attributes are set there."""
-
-    shift = 0
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        worker = get_worker_info()
-        row = super().__getitem__(index)
-        last = 400 + self.shift if worker is not None else 0
-        return {"input_ids": [*row["input_ids"], last]}
-
-
-def shift_rows(worker: int) -> None:
-    info: Any = get_worker_info()
-    info.dataset.shift = 5
-
-
-def test_worker_processes_load_the_same_batches(tmp_path: Path) -> None:
-    twin = make(tmp_path)
-    twin.train()
-    trainer = make(tmp_path, dataset=InWorker(), dataloader_num_workers=2, max_steps=3)
-    with VirtualCard(fail_at=4):
-        assert len(oomguard.fit(trainer, ladder=LADDER).recoveries) == 1
-    assert trainer.order == twin.order[:6]
-    assert all((batch["input_ids"] == 400).any() for batch in trainer.seen)
-
-
-class OwnLoader(Recording):
-    """Makes its loader once, in its own way, and returns it every time."""
-
-    loader_settings: dict[str, Any]
-    loader: Any = None
-
-    def get_train_dataloader(self) -> Any:
-        if self.loader is None:
-            rows: Any = self.train_dataset
-            settings = {"batch_size": 2, "collate_fn": collate, **self.loader_settings}
-            self.loader = DataLoader(rows, **settings)
-        return self.loader
-
-
-def own_loader(**settings: Any) -> type[OwnLoader]:
-    return type("OwnLoader", (OwnLoader,), {"loader_settings": settings})
-
-
-def test_what_a_worker_sets_on_its_data_set_is_set(tmp_path: Path) -> None:
-    cls = own_loader(num_workers=1, worker_init_fn=shift_rows)
-    trainer = make(tmp_path, dataset=InWorker(), cls=cls, max_steps=1)
-    oomguard.fit(trainer)
-    assert all((batch["input_ids"] == 405).any() for batch in trainer.seen)
-
-
-def test_a_loader_goes_to_spawned_workers(tmp_path: Path) -> None:
-    cls = own_loader(num_workers=1, multiprocessing_context=multiprocessing.get_context("spawn"))
-    trainer = make(tmp_path, dataset=InWorker(), cls=cls, max_steps=1)
-    oomguard.fit(trainer)
-    assert trainer.order == [[0, 1], [2, 3]]
-
-
-def test_the_rows_and_the_collator_of_a_guarded_loader_can_be_pickled(tmp_path: Path) -> None:
-    trainer = make(tmp_path, dataset=InWorker())
-    with oomguard.Guard(trainer):
-        loader = trainer.get_train_dataloader()
-        dataset, collate_rows = pickle.loads(  # noqa: S301 - our own bytes
-            pickle.dumps((loader.dataset, loader.collate_fn))
-        )
-    assert len(dataset) == ROWS
-    assert collate_rows([dataset[3]])["input_ids"][0, 0] == 3
-
-
-def test_the_data_set_that_callbacks_see_is_the_users(tmp_path: Path) -> None:
-    trainer = make(tmp_path, dataset=InWorker())
-    with oomguard.Guard(trainer):
-        dataset: Any = trainer.get_train_dataloader().dataset
-        dataset.shift = 3
-        assert trainer.train_dataset.shift == 3
-        assert dataset.asked is trainer.train_dataset.asked
-        with pytest.raises(AttributeError, match="nothing"):
-            _ = dataset.nothing
-
-
-class Keeping(Recording):
-    """Keeps every loader that it was given."""
-
-    loaders: tuple[Any, ...] = ()
-
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        self.loaders += (loader,)
-        return loader
-
-
-def test_the_loader_is_left_as_it_was(tmp_path: Path) -> None:
-    trainer = make(tmp_path, cls=Keeping, max_steps=1)
-    oomguard.fit(trainer)
-    (loader,) = trainer.loaders
-    plain = loader.base_dataloader
-    assert plain.dataset is trainer.train_dataset
-    assert plain.collate_fn is collate
-    assert loader.device == torch.device("cpu")
-    assert [batch["input_ids"].shape[0] for batch in loader] == [2] * (ROWS // 2)
-
-
-def test_a_loader_that_is_the_same_every_time_is_left_as_it_was_too(tmp_path: Path) -> None:
-    trainer = make(tmp_path, cls=own_loader(), max_steps=2)
-    loader = trainer.get_train_dataloader()
-    for at in (2, 4):
-        fault = Once(at)
-        loader.collate_fn = raising_collator(fault)
-        before = dict(vars(loader))
-        trainer.seen = ()
-        oomguard.fit(trainer, ladder=LADDER)
-        assert trainer.order == [[0, 1], [2, 3], [4, 5], [6, 7]]
-        assert fault.calls == 5
-        assert vars(loader) == before
-    fault.at = (fault.calls + 1,)
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.train()  # nothing of the guard is left
-
-
-def test_the_loader_is_left_as_it_was_when_training_fails(tmp_path: Path) -> None:
-    trainer = make(tmp_path, cls=own_loader(), dataset=RaisingRows(Once(*range(1, 99))))
-    with pytest.raises(oomguard.LadderExhaustedError):
-        oomguard.fit(trainer)
-    assert trainer.loader.dataset is trainer.train_dataset
-    assert trainer.loader.collate_fn is collate
 
 
 def test_a_resumed_training_goes_on_at_the_exact_row(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from oomguard.rungs import SplitBatch
 from oomguard.testing import VirtualCard
 from tests import tiny
 from tests.sampling import grpo, reward_calls
-from tests.test_hooks import calls
 from tests.tiny import largest_difference, weights
 from tests.twin import EXACT, Build, assert_same, run, twin
+from tests.upstream import calls
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -2,97 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 import oomguard
-from oomguard.guarded_train import GuardedTrainings
-from oomguard.journal import Journal
 from oomguard.report import Report
 from oomguard.testing import VirtualCard
 from tests import tiny
+from tests.lives import DeathError, Event, die, lives, make, steps_made, undisturbed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-ORIGINAL = Trainer.train
-
-
-class Event(TrainerCallback):
-    """Does something at the start of a step."""
-
-    def __init__(self, step: int, action: Any) -> None:
-        self.step, self.action = step, action
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            self.action()
-
-
-class DeathError(Exception):
-    """Stands for the end of the process."""
-
-
-def die() -> None:
-    raise DeathError
-
 
 @pytest.fixture
 def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Begins a new life of the process: from here on, its trainings are watched."""
-    folder = tmp_path / "journal"
-    folder.mkdir()
-
-    def begin(*, resume: bool = False, journal: Path = folder) -> Journal:
-        Journal(journal).new_life()
-        trainings = GuardedTrainings(Journal(journal), "default", resume=resume)
-
-        @functools.wraps(ORIGINAL)
-        def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            return trainings.train(ORIGINAL, trainer, *args, **kwargs)
-
-        monkeypatch.setattr(Trainer, "train", train)
-        return Journal(journal)
-
-    return begin
-
-
-def make(folder: Path, *events: Event, **changes: Any) -> Any:
-    # Six steps are one and a half epochs; dropout shows whether random numbers go on.
-    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
-    values = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, **changes}
-    trainer: Any = tiny.sft_trainer(folder, lora=lora, **values)
-    for event in events:
-        trainer.add_callback(event)
-    return trainer
-
-
-def steps_made(trainer: Any) -> None:
-    """From now on, `trainer.made` lists the optimizer steps."""
-    made: list[int] = []
-
-    class Count(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            made.append(state.global_step)
-
-    trainer.add_callback(Count())
-    trainer.made = made
+    return lives(tmp_path / "journal", monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    trainer = make(tmp_path_factory.mktemp("twin"))
-    trainer.train()
-    return tiny.weights(trainer)
+    return undisturbed(tmp_path_factory.mktemp("twin"))
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -315,54 +251,3 @@ def test_a_trainer_that_cannot_be_guarded_trains_with_a_warning(
     assert trainer.state.global_step == 1
     assert "not guarded" in caplog.text
     assert "auto_find_batch_size" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_a_signal_ends_in_a_checkpoint_from_which_nothing_is_lost(
-    number: signal.Signals,
-    error: type[BaseException],
-    tmp_path: Path,
-    life: Any,
-    twin: dict[str, torch.Tensor],
-) -> None:
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    life()
-    trainer = make(tmp_path, Event(2, functools.partial(signal.raise_signal, number)))
-    with pytest.raises(error) as raised:
-        trainer.train()
-    if error is SystemExit:
-        assert raised.value.args == (143,)
-    assert max(path.name for path in tmp_path.glob("checkpoint-*")) == "checkpoint-3"
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
-    life()
-    trainer = make(tmp_path)
-    steps_made(trainer)
-    trainer.train()
-    assert trainer.made == [4, 5, 6]
-    assert tiny.largest_difference(tiny.weights(trainer), twin) == 0
-
-
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, life: Any) -> None:
-    def press_twice() -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    life()
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, Event(1, press_twice)).train()
-    assert list(tmp_path.glob("checkpoint-*")) == []
-
-
-def test_a_signal_handler_of_the_scripts_own_stays(tmp_path: Path, life: Any) -> None:
-    seen: list[int] = []
-    former = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        life()
-        trainer = make(tmp_path, Event(1, lambda: signal.raise_signal(signal.SIGTERM)), max_steps=2)
-        trainer.train()
-    finally:
-        signal.signal(signal.SIGTERM, former)
-    assert seen == [signal.SIGTERM]
-    assert trainer.state.global_step == 2

@@ -1,10 +1,11 @@
-"""The points at which a Trainer is intercepted: what upstream must keep, and what is put back."""
+"""The points at which a Trainer is intercepted, and the names there that upstream must keep."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
-import textwrap
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,45 +22,25 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Trainer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 
 import oomguard
 from oomguard.hooks import GuardedTrainer
-from oomguard.ladder import Ladder
 from oomguard.levers.merged_metrics import _MASKED_ENTROPY
-from oomguard.levers.metrics import _LOOP_OWNS
 from oomguard.levers.tokens import counted_in_the_loop
-from oomguard.rungs import CheckpointActivations, SplitBatch
-from oomguard.testing import VirtualCard
-from tests.kinds import HALF, RECOMPUTED, Neighbour, fit, is_left_alone, make, sft
-from tests.tiny import largest_difference, weights
+from tests import tiny
+from tests.upstream import source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-# Transformers 4 makes an epoch in the body of one method, and counts and clips there too.
-LOOP = getattr(Trainer, "_run_epoch", None) or Trainer._inner_training_loop
-CLIPPING = [
-    getattr(Trainer, name)
-    for name in ("_clip_grad_norm", "_get_grad_norm")
-    if LOOP is not Trainer._inner_training_loop
-]
-
-
-def source(function: Any) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(function)))
-
-
-def calls(function: Any) -> list[str]:
-    """What a function calls, in the order of its source."""
-    found = [node for node in ast.walk(source(function)) if isinstance(node, ast.Call)]
-    return [
-        ast.unparse(node.func) for node in sorted(found, key=lambda n: (n.lineno, n.col_offset))
-    ]
 
 
 def overridden() -> list[str]:
@@ -85,90 +66,6 @@ def test_an_intercepted_method_is_called_upstream_as_the_guard_expects(
         assert (mine.default is mine.empty) == (other.default is other.empty), said
 
 
-def test_the_loop_makes_a_step_in_the_order_the_guard_relies_on() -> None:
-    loop = [name.removeprefix("self.") for name in calls(LOOP)]
-    # Input tokens are counted after a batch, or before it: see levers.tokens.
-    before = ["accelerator.gather"] if counted_in_the_loop() else []
-    after = [] if counted_in_the_loop() else ["_track_num_input_tokens"]
-    clipping = [inner.__name__ for inner in CLIPPING] or ["accelerator.clip_grad_norm_"]
-    order = [
-        *("get_batch_samples", *before, "training_step", "floating_point_ops", *after),
-        *(*clipping, "optimizer.step", "lr_scheduler.step"),
-    ]
-    assert [name for name in loop if name in order] == order, (
-        f"Trainer.{LOOP.__name__}: a step is made in another order, or a part of it twice; "
-        "compare it with hooks.GuardedTrainer and step.StepTransaction"
-    )
-    for inner in CLIPPING:
-        assert "self.accelerator.clip_grad_norm_" in calls(inner), (
-            f"Trainer.{inner.__name__} clips by another name: see Hooks.batches"
-        )
-    assert "self.accelerator.backward" in calls(Trainer.training_step), (
-        "Trainer.training_step runs no backward: see StepTransaction.run"
-    )
-
-
-def test_the_loop_adds_to_one_plain_number_between_two_batches() -> None:
-    assert _LOOP_OWNS == "current_flos"
-    (inner,) = [
-        node
-        for node in ast.walk(source(LOOP))
-        if isinstance(node, ast.For) and "batch_samples" in ast.unparse(node.iter)
-    ]
-    assigned = {
-        ast.unparse(target)
-        for node in ast.walk(inner)
-        if isinstance(node, (ast.Assign, ast.AugAssign))
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if ast.unparse(target).startswith("self.")
-    }
-    expected = {"self.current_flos", "self.control", "self.state.global_step", "self.state.epoch"}
-    one_body = LOOP is Trainer._inner_training_loop
-    expected |= {"self.state.num_input_tokens_seen"} if one_body else {"self._tr_loss"}
-    assert assigned == expected, (
-        f"Trainer.{LOOP.__name__} assigns other attributes inside a step: _LOOP_OWNS in "
-        "levers/metrics.py must name every plain number among them, or a replay takes it back"
-    )
-
-
-class Watched(SFTTrainer):
-    """Remembers its plain numbers around every batch."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.setdefault("seen", []).append(self.numbers())
-        loss = super().training_step(*args, **kwargs)
-        self.__dict__["seen"].append(self.numbers())
-        return loss
-
-    def numbers(self) -> dict[str, Any]:
-        plain = {k: v for k, v in vars(self).items() if isinstance(v, (int, float))}
-        return {**plain, "lists": str(self._metrics)}
-
-
-def test_only_that_number_moves_between_two_batches_of_a_real_step(tmp_path: Path) -> None:
-    trainer = sft(tmp_path, trainer_class=Watched, max_steps=1, include_num_input_tokens_seen="all")
-    trainer.train()
-    _, after_first, before_second, _ = trainer.seen
-    moved = {name for name in after_first if after_first[name] != before_second[name]}
-    assert moved == {_LOOP_OWNS}, "see _LOOP_OWNS in levers/metrics.py"
-
-
-def test_accelerates_loader_moves_batches_by_its_device_alone() -> None:
-    rows = [torch.tensor([index]) for index in range(4)]
-    loader = DataLoaderShard(rows, device=torch.device("meta"), batch_size=2, _non_blocking=True)
-    assert [batch.device.type for batch in loader] == ["meta"] * 2
-    loader.device = None
-    assert [batch.tolist() for batch in loader] == [[[0], [1]], [[2], [3]]], (
-        "DataLoaderShard moves batches by something else than .device: see Feed.attach"
-    )
-    assert loader._non_blocking is True, "DataLoaderShard._non_blocking: see Feed.attach"
-    inner = vars(loader.base_dataloader)
-    inner["collate_fn"], inner["dataset"] = len, rows[:3] + rows
-    assert list(loader) == [2, 2], (
-        "DataLoaderShard does not iterate the base_dataloader whose collate_fn Feed replaces"
-    )
-
-
 # Private names of other packages that oomguard uses, each with a check that it still means the
 # same there. `testing` is left out: its own tests run every one of them.
 OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
@@ -176,6 +73,9 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),
+    "_attn_implementation": lambda: (
+        tiny.config(attn_implementation="eager")._attn_implementation == "eager"
+    ),
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_dispatch_tls_local_exclude_set": lambda: dispatches_as_before(),
     "_dispatch_tls_local_include_set": lambda: dispatches_as_before(),
@@ -184,9 +84,16 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_entropy_bonus_enabled": lambda: (
         OLDER_TRL or ("self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__))
     ),
+    "_get_collator_with_removed_columns": lambda: (
+        parameters(Trainer._get_collator_with_removed_columns) == ["data_collator", "description"]
+    ),
     "_get_output_dir": lambda: (
         list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     ),
+    "_indices": lambda: torch.eye(2).to_sparse()._indices().shape == (2, 2),
+    "_gradient_checkpointing_func": lambda: checkpoints_by_partial(),
+    "_current_frames": lambda: inspect.currentframe() in sys._current_frames().values(),
+    "_is_profiler_enabled": lambda: is_told_while_profiling(),
     "_is_vision_dataset": lambda: (
         OLDER_TRL
         or all(
@@ -197,10 +104,17 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_metrics": lambda: "self._metrics[mode]" in inspect.getsource(SFTTrainer.compute_loss),
     "_non_blocking": lambda: "_non_blocking" in inspect.signature(DataLoaderShard).parameters,
     "_per_optimizer_states": lambda: torch.amp.GradScaler("cpu")._per_optimizer_states == {},
+    "_record_memory_history": lambda: (
+        {"enabled", "stacks"}
+        <= inspect.signature(torch.cuda.memory._record_memory_history).parameters.keys()
+    ),
     "_schema": lambda: (
         torch.ops.aten.add_.Tensor._schema.is_mutable
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
+    "_values": lambda: torch.eye(2).to_sparse()._values().tolist() == [1, 1],
+    "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
+    "_snapshot": lambda: callable(torch.cuda.memory._snapshot),
 }
 
 
@@ -208,10 +122,23 @@ def parameters(method: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(method).parameters)[1:]
 
 
+def checkpoints_by_partial() -> bool:
+    model: Any = tiny.llama()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    function = model.model.layers[0]._gradient_checkpointing_func
+    return isinstance(function, functools.partial) and function.keywords["use_reentrant"]
+
+
 def dispatches_as_before() -> bool:
     found = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ForceDispatchKeyGuard(*found):
         return (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
+def is_told_while_profiling() -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        inside = torch.autograd.profiler._is_profiler_enabled
+    return inside and not torch.autograd.profiler._is_profiler_enabled
 
 
 def sees_nothing(context: Any) -> bool:
@@ -303,58 +230,3 @@ def test_sharding_is_told_by_the_accelerators_plugin(name: str) -> None:
     assert f"self.{name} = getattr(self.accelerator.state, '{kind}_plugin', None)" in told, (
         f"Trainer.{name} is set elsewhere: see guard.check"
     )
-
-
-def test_train_may_be_called_twice_in_one_guard_and_keeps_its_plan(tmp_path: Path) -> None:
-    trainer, twin = make(tmp_path), make(tmp_path)
-    with VirtualCard("1 GiB") as card:
-        card.track(trainer.model)
-        trainer.add_callback(Neighbour(card, 2, HALF, "on_step_begin"))
-        with oomguard.Guard(trainer, ladder=Ladder(SplitBatch())) as guard:
-            trainer.train()
-            assert guard.report.status == "running"
-            trainer.train()
-    twin.train()
-    twin.train()
-    assert [recovery.rung for recovery in guard.report.recoveries] == ["SplitBatch"]
-    assert largest_difference(weights(trainer), weights(twin)) < 1e-6
-    assert is_left_alone(trainer)
-
-
-def test_fit_twice_and_plain_training_after_it_are_three_plain_trainings(tmp_path: Path) -> None:
-    trainer, twin = make(tmp_path), make(tmp_path)
-    ladder = Ladder(CheckpointActivations())
-    first, second = (fit(trainer, leave=RECOMPUTED, ladder=ladder) for _ in range(2))
-    assert is_left_alone(trainer)
-    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW), "see Hooks._step"
-    trainer.train()
-    for _ in range(3):
-        twin.train()
-    assert [recovery.rung for recovery in first.recoveries] == ["CheckpointActivations"]
-    assert second.initial_plan.gradient_checkpointing  # it stays on, and is enough
-    assert second.recoveries == []
-    assert largest_difference(weights(trainer), weights(twin)) == 0.0
-
-
-class Recorder(TrainerCallback):
-    """Records every event and the step it came in."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int]] = []
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("on_"):
-            return lambda args, state, *_, **__: self.events.append((name, state.global_step))
-        return super().__getattribute__(name)
-
-
-def test_callbacks_see_a_recovered_run_as_they_see_a_plain_one(tmp_path: Path) -> None:
-    trainer, twin = make(tmp_path, logging_steps=1), make(tmp_path, logging_steps=1)
-    seen, expected = Recorder(), Recorder()
-    trainer.add_callback(seen)
-    twin.add_callback(expected)
-    twin.train()
-    before = list(trainer.callback_handler.callbacks)
-    assert len(fit(trainer).recoveries) == 2
-    assert seen.events == expected.events
-    assert trainer.callback_handler.callbacks == before

@@ -16,7 +16,7 @@ from oomguard import LadderExhaustedError
 from oomguard.optimizer_step import AtomicStep
 from oomguard.testing import VirtualCard
 from tests import tiny
-from tests.test_every_allocation import LoggingCard
+from tests.allocations import LoggingCard
 from tests.test_optimizer_step import (
     OPTIMIZERS,
     Trained,

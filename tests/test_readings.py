@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oomguard.memory import entered
+from oomguard.memory import simulated
 from oomguard.memory.device import AllocatorStats
 from oomguard.testing import VirtualCard
 from oomguard.watch.readings import Meter, Reading, allocated_bytes, card_total_bytes, device_name
@@ -64,13 +64,13 @@ def test_a_meter_without_peaks_leaves_those_of_the_card_to_another() -> None:
 def test_of_nested_cards_the_outermost_is_read_and_none_after_them() -> None:
     with VirtualCard("64MiB") as outer:
         with VirtualCard(fail_at=9) as inner:
-            assert entered.current() is outer
-        assert entered.current() is outer
+            assert simulated.current() is outer
+        assert simulated.current() is outer
         assert inner.capacity_bytes is None
-    assert entered.current() is None
+    assert simulated.current() is None
     with pytest.raises(torch.OutOfMemoryError), VirtualCard("1KiB"):
         torch.zeros(MIB)
-    assert entered.current() is None
+    assert simulated.current() is None
 
 
 def test_counters_left_alone_tell_a_peak_only_where_it_rose() -> None:

@@ -22,6 +22,7 @@ from oomguard.plan import Plan
 from oomguard.report import SCHEMA, Recovery, Report, installed_versions
 from oomguard.rung import Fidelity, Rung
 from oomguard.rungs import CheckpointActivations, HalveSequence, SplitBatch
+from tests.runs import report_of, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,6 +155,25 @@ def test_a_log_without_colour_or_unicode_gets_plain_ascii() -> None:
         file.flush()
         assert b"\x1b" not in raw.getvalue()
         assert b"SplitBatch" in raw.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 112, 200])
+def test_a_run_that_was_watched_shows_its_memory_in_a_line(tmp_path: Path, width: int) -> None:
+    report = Report.load(write_run(tmp_path / "run") / "oomguard.json")
+    line = rendered(report, width).splitlines()[-1]
+    assert line.startswith("memory: ████")
+    assert line.endswith("▅▅  peak 11.51 GiB of 12.00 GiB")
+    assert len(line) <= width
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(file=file, width=width).print(report)  # raises where a mark is not ASCII
+    assert rendered(report_of(), width).splitlines()[-1].startswith("plan: ")
+
+
+def test_a_series_that_cannot_be_read_does_not_cost_the_table(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "oomguard_vram.parquet").unlink()
+    (folder / "oomguard_vram.parquet").mkdir()
+    assert "memory:" not in rendered(Report.load(folder / "oomguard.json"), 80)
 
 
 def test_one_recovery_is_singular_and_its_name_is_not_taken_for_markup() -> None:

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import oomguard
 from oomguard.ladder import Ladder
-from oomguard.memory import entered
+from oomguard.memory import simulated
 from oomguard.testing import VirtualCard
 from oomguard.watch.recorder import VRAMRecorder
 from oomguard.watch.reporter import logged
@@ -97,11 +97,20 @@ def test_the_tokens_of_a_step_are_those_of_its_batches(tmp_path: Path) -> None:
     assert len(set(batches)) > 1
 
 
+class Spike(TrainerCallback):
+    """Needs much memory for a moment, before the first step only."""
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            torch.zeros(200 * MIB, dtype=torch.uint8)
+
+
 def test_every_log_line_of_a_step_has_the_readings_wherever_it_goes(tmp_path: Path) -> None:
     heard = Heard()
-    trainer = make(tmp_path, heard, logging_steps=2, eval_strategy="steps", eval_steps=4)
+    trainer = make(tmp_path, heard, Spike(), logging_steps=2, eval_strategy="steps", eval_steps=3)
     trainer.add_callback(oomguard.VRAMReporter())
     with VirtualCard("1GiB"):
+        torch.zeros(600 * MIB, dtype=torch.uint8)  # before training: the peak of no step
         trainer.train()
     rows = [row for row in Series.load(tmp_path / FILE_NAME).readings if row.phase == "train"]
     lines = [line for line in heard.lines if "loss" in line]
@@ -119,9 +128,10 @@ def test_every_log_line_of_a_step_has_the_readings_wherever_it_goes(tmp_path: Pa
         "vram/batch_tokens",
         "vram/host_rss_gib",
     }
+    assert 0.5 > lines[0]["vram/peak_allocated_gib"] > 2 * lines[1]["vram/peak_allocated_gib"]
     history = [line for line in trainer.state.log_history if "loss" in line]
     assert [vram(line) for line in history] == [vram(line) for line in lines]
-    assert [vram(line) for line in heard.lines if "loss" not in line] == [{}, {}]
+    assert [vram(line) for line in heard.lines if "loss" not in line] == [{}] * 3
 
 
 def test_a_tensorboard_file_has_the_readings(tmp_path: Path) -> None:
@@ -338,6 +348,10 @@ class Broken:
         msg = "the driver is gone"
         raise RuntimeError(msg)
 
+    @property
+    def peak_bytes(self) -> int:
+        return self.allocated_bytes
+
     def take_peak(self) -> int:
         return self.allocated_bytes
 
@@ -348,12 +362,12 @@ def test_memory_that_cannot_be_read_is_told_once_and_training_goes_on(
     trainer, plain = make(tmp_path, oomguard.VRAMReporter()), make(tmp_path)
     plain.train()
     card = Broken()
-    entered.enter(card)
+    simulated.enter(card)
     try:
         with caplog.at_level(logging.WARNING, "oomguard"):
             trainer.train()
     finally:
-        entered.leave(card)
+        simulated.leave(card)
     told = sorted(record.getMessage() for record in caplog.records)
     assert [text.partition(":")[0] for text in told] == [
         "VRAMReporter does not read memory",

@@ -1,17 +1,15 @@
-"""Saving and loading under the guard: nothing lost to an out-of-memory, no checkpoint ever torn."""
+"""Checkpoints written under the guard: those of a plain run, and never a torn one."""
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -23,111 +21,8 @@ from trl import SFTTrainer
 import oomguard
 from oomguard.saving import STAGING
 from oomguard.testing import VirtualCard
-from tests import tiny
-from tests.twin import Run, differences, run, sft
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-SAVED: dict[str, Any] = {
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "per_device_eval_batch_size": 4,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "loss",
-}
-# How long a run took, and where it wrote to.
-TIMES = ("_runtime", "_per_second")
-
-
-def build(folder: Path, **changes: Any) -> Any:
-    """Two optimizer steps, each evaluated and saved; the better one is loaded at the end."""
-    arguments = {"eval_dataset": tiny.text_dataset(4)}
-    return sft(folder, **{"trainer_arguments": arguments, **SAVED, **changes})
-
-
-def gathering(folder: Path, **changes: Any) -> Any:
-    """The same, whose weights and optimizer state are copied when they are asked for."""
-    trainer = build(folder, lora=None, **changes)
-    trainer.model.register_state_dict_post_hook(_copy_weights)
-    create = trainer.create_optimizer
-
-    class Copying(type(trainer)):  # type: ignore[misc]
-        def create_optimizer(self, model: Any = None) -> Any:
-            made = create() if model is None else create(model)
-            made.register_state_dict_post_hook(_copy_state)
-            return made
-
-    trainer.__class__ = Copying
-    return trainer
-
-
-def _copy_weights(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in list(state):
-        state[name] = state[name].clone()
-
-
-def _copy_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    copies = {
-        index: {k: v.clone() if torch.is_tensor(v) else v for k, v in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {**state, "state": copies}
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds, file by file, without times and places."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found[name] = safetensors.torch.load_file(path)
-        elif path.name == "trainer_state.json":
-            state = json.loads(path.read_text())
-            best = state["best_model_checkpoint"]
-            state["best_model_checkpoint"] = best and Path(best).name
-            state["stateful_callbacks"].pop("OomguardState", None)  # tells what was recovered from
-            for line in state["log_history"]:
-                for key in [key for key in line if key.endswith(TIMES)]:
-                    del line[key]
-            found[name] = state
-        elif path.suffix in {".pt", ".pth"}:
-            found[name] = torch.load(path, weights_only=False)
-        elif path.is_file():
-            found[name] = path.stat().st_size > 0
-    return found
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    try:
-        return bool(one == other)
-    except ValueError:  # numpy's random state
-        return bool((one == other).all())
-
-
-def assert_same_checkpoints(one: Path, other: Path, *leave: str) -> None:
-    names = sorted(path.name for path in one.glob("checkpoint-*"))
-    assert names == sorted(path.name for path in other.glob("checkpoint-*"))
-    assert names
-    for name in names:
-        mine, theirs = content(one / name), content(other / name)
-        assert mine.keys() == theirs.keys()
-        different = [key for key in mine if not same(mine[key], theirs[key])]
-        # The arguments name the folder that the trainer writes to.
-        assert set(different) <= {"training_args.bin", *leave}, different
-    assert not (one / STAGING).exists()
-
-
-def steps(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("checkpoint-*"))
+from tests.saving import assert_same_checkpoints, build, content, gathering, steps
+from tests.twin import differences, run
 
 
 def test_checkpoints_are_those_of_an_unguarded_run(tmp_path: Path) -> None:
@@ -147,119 +42,6 @@ def test_old_checkpoints_are_deleted_as_before(limit: int, best: bool, tmp_path:
     run(make, "default", folder=tmp_path / "guarded")
     assert_same_checkpoints(tmp_path / "guarded", tmp_path / "plain")
     assert len(steps(tmp_path / "guarded")) <= max(limit, 2)
-
-
-class PlacedCard(VirtualCard):
-    """Fails as told in one phase, and counts its allocations."""
-
-    def __init__(self, make: Any, phase: str, *fails: int) -> None:
-        super().__init__(fail_at=10**9)
-        self.phase, self.fails, self.seen = phase, fails, 0
-        self._make = make
-
-    def build(self, folder: Path) -> Any:
-        self.trainer = self._make(folder)
-        return self.trainer
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.allocations
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        hooks = getattr(self.trainer, "_oomguard", None)
-        for _ in range(before, self.allocations):
-            self.seen += hooks is not None and hooks.outside.phase == self.phase
-            if hooks is not None and hooks.outside.phase == self.phase and self.seen in self.fails:
-                del out
-                msg = "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity"
-                raise torch.OutOfMemoryError(msg)
-        return out
-
-
-def faulted(
-    make: Any, folder: Path, phase: str, *fails: int, **train_arguments: Any
-) -> tuple[Run, PlacedCard]:
-    card = PlacedCard(make, phase, *fails)
-    return run(card.build, "default", folder=folder, card=card, **train_arguments), card
-
-
-def faults_that_show(
-    make: Any, phase: str, faults: Iterable[tuple[int, ...]], plain: Run, folder: Path, **kw: Any
-) -> dict[tuple[int, ...], str]:
-    found = {}
-    for fault in faults:
-        mine = folder / f"faulted-{fault[0]}-{len(fault)}"
-        try:
-            met, _ = faulted(make, mine, phase, *fault, **kw)
-            wrong = differences(met, plain)
-            rows = [recovery.event.phase for recovery in met.recoveries]
-            assert not wrong, wrong
-            assert rows == [phase] * len(fault), rows
-            assert met.report is not None
-            assert met.report.plan == met.report.initial_plan
-            assert_same_checkpoints(mine, folder / "plain")
-        except Exception as error:  # noqa: BLE001 - which allocation it was is the finding
-            found[fault] = f"{type(error).__name__}: {error}"
-    return found
-
-
-@pytest.mark.parametrize("phase", ["save", "load"])
-def test_any_allocation_while_saving_or_loading_may_fail(phase: str, tmp_path: Path) -> None:
-    plain = run(gathering, folder=tmp_path / "plain")
-    clean, card = faulted(gathering, tmp_path / "clean", phase)
-    assert not clean.recoveries
-    assert not differences(clean, plain)
-    assert card.seen > 20
-    sample = [(k,) for k in range(1, card.seen + 1, card.seen // 6)]
-    assert not faults_that_show(gathering, phase, sample, plain, tmp_path)
-
-
-def test_what_fails_twice_while_saving_is_written_through_the_cpu(tmp_path: Path) -> None:
-    plain = run(gathering, folder=tmp_path / "plain")
-    _, card = faulted(gathering, tmp_path / "clean", "save")
-    sample = [(k, k + 1) for k in range(1, card.seen, card.seen // 5)]
-    assert not faults_that_show(gathering, "save", sample, plain, tmp_path)
-    met, _ = faulted(gathering, tmp_path / "cpu", "save", 3, 4)
-    assert [recovery.change for recovery in met.recoveries] == [None, "results moved to the CPU"]
-
-
-def resumed(folder: Path) -> Any:
-    return gathering(folder, max_steps=2, load_best_model_at_end=False)
-
-
-def first_step(folder: Path) -> str:
-    trainer = gathering(folder, max_steps=2, load_best_model_at_end=False)
-    trainer.train()
-    return str(folder / "checkpoint-1")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return first_step(tmp_path_factory.mktemp("first"))
-
-
-def test_any_allocation_while_resuming_may_fail(checkpoint: str, tmp_path: Path) -> None:
-    resume: dict[str, Any] = {"resume_from_checkpoint": checkpoint}
-    plain = run(resumed, folder=tmp_path / "plain", **resume)
-    clean, card = faulted(resumed, tmp_path / "clean", "load", **resume)
-    assert not differences(clean, plain)
-    sample = [(k,) for k in range(1, card.seen + 1, max(1, card.seen // 6))]
-    assert not faults_that_show(resumed, "load", sample, plain, tmp_path, **resume)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("phase", ["save", "load", "resume"])
-def test_every_allocation_while_saving_or_loading_may_fail(
-    phase: str, part: int, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    resume: dict[str, Any] = {"resume_from_checkpoint": checkpoint} if phase == "resume" else {}
-    make, inside = (resumed, "load") if resume else (gathering, phase)
-    plain = run(make, folder=tmp_path / "plain", **resume)
-    _, card = faulted(make, tmp_path / "clean", inside, **resume)
-    every = [(k,) for k in range(1 + part, card.seen + 1, 4)]
-    found = faults_that_show(make, inside, every, plain, tmp_path, **resume)
-    with capsys.disabled():
-        print(f"\n{phase}: {len(every)} of {card.seen} allocations failed")
-    assert not found, Counter(found.values())
 
 
 def test_adapters_are_loaded_by_way_of_the_cpu(tmp_path: Path) -> None:
@@ -369,7 +151,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import oomguard
-from tests.test_saving import build
+from tests.saving import build
 trainer = build(Path(sys.argv[1]), max_steps=400, save_total_limit=2, eval_strategy="no",
                 load_best_model_at_end=False, num_train_epochs=400)
 print("ready", flush=True)

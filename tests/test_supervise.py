@@ -79,7 +79,7 @@ def start(folder: Path, text: str, *arguments: str, options: tuple[str, ...] = (
 
 def finish(process: Any) -> tuple[int, str, str, dict[str, Any]]:
     """Exit status, stdout, stderr, and the summary in its last line."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert err.strip(), out
     return process.returncode, out, err, json.loads(err.splitlines()[-1])
 

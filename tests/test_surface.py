@@ -10,12 +10,15 @@ from oomguard.testing import VirtualCard
 SURFACE = (
     "CheckpointActivations",
     "ConfigurationError",
+    "Diagnosis",
     "Estimate",
     "Fidelity",
+    "Finding",
     "Guard",
     "HalveSequence",
     "Ladder",
     "LadderExhaustedError",
+    "LeakDetector",
     "LowerRank",
     "NarrowTargets",
     "NothingFitsError",
@@ -32,6 +35,7 @@ SURFACE = (
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
+    "diagnose",
     "estimate",
     "find_plan",
     "fit",
@@ -44,9 +48,11 @@ FINE_TUNE = {
 }
 COMMANDS = {
     "": {"--version"},
+    "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
     "estimate": {*FINE_TUNE, "--json"},
     "find": {*FINE_TUNE, "--maximize", "--free", "--json"},
+    "report": {"run_dir", "--html", "--png", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }
 

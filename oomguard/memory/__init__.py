@@ -1,1 +1,1 @@
-"""Memory in bytes: sizes as text, readings of the device."""
+"""Memory in bytes: sizes as text, readings of the device, the storages behind tensors."""

@@ -60,6 +60,49 @@ def _driver_version() -> str | None:
     return None
 
 
+def capability(index: int | None = None) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, of the current one by default; `None` without."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def expandable_segments() -> bool | None:
+    """Whether the allocator holds expandable segments; `None` before it holds any."""
+    segments = torch.cuda.memory_snapshot() if torch.cuda.is_initialized() else []
+    return any(segment["is_expandable"] for segment in segments) if segments else None
+
+
+def others_bytes(index: int | None = None) -> int | None:
+    """What other processes hold of a CUDA device; `None` where the driver does not tell.
+
+    In a container the driver may know this process by another number than `os.getpid` gives: then
+    its share cannot be told from theirs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            uuid = torch.cuda.get_device_properties(
+                torch.cuda.current_device() if index is None else index
+            ).uuid
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            held = {
+                process.pid: process.usedGpuMemory
+                for read in (
+                    pynvml.nvmlDeviceGetComputeRunningProcesses,
+                    pynvml.nvmlDeviceGetGraphicsRunningProcesses,
+                )
+                for process in read(handle)
+            }
+        finally:
+            pynvml.nvmlShutdown()
+        own = held.pop(os.getpid(), None)
+        if None in held.values() or (own is None and torch.cuda.is_initialized() and held):
+            return None
+        return int(sum(held.values()))
+    return None
+
+
 def release_cached() -> None:
     """Collect reference cycles and give the allocator's unused blocks back to the device."""
     gc.collect()
@@ -181,10 +224,28 @@ def usable_bytes() -> int | None:
 
     Less than the device has under `torch.cuda.set_per_process_memory_fraction`.
     """
+    total = total_bytes()
+    return None if total is None else int(total * torch.cuda.get_per_process_memory_fraction())
+
+
+def total_bytes() -> int | None:
+    """The memory of the current device; `None` without CUDA."""
     if not torch.cuda.is_initialized():
         return None
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return int(total * torch.cuda.get_per_process_memory_fraction())
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def record_allocations(*, enabled: bool) -> None:
+    """Have the allocator remember the Python stack of every live block, or no longer."""
+    if enabled:
+        torch.cuda.memory._record_memory_history(enabled="state", stacks="python")
+    else:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def allocation_segments() -> list[dict[str, Any]]:
+    """The allocator's segments and blocks, as in `torch.cuda.memory_snapshot`."""
+    return list(torch.cuda.memory._snapshot()["segments"])
 
 
 def get_rng_states() -> list[torch.Tensor]:

@@ -27,3 +27,8 @@ def _statm(pid: int) -> int | None:
         return os.open(f"/proc/{pid}/statm", os.O_RDONLY)
     except OSError:
         return None
+
+
+def free_bytes() -> int:
+    """What the host can give to processes without swapping."""
+    return int(psutil.virtual_memory().available)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from oomguard.memory import device, entered, host
+from oomguard.memory import device, host, simulated
 from oomguard.watch.quiet import Quiet
 
 Phase = Literal["train", "eval", "save"]
@@ -100,7 +100,7 @@ class Meter:
         )
 
     def _of_card(self) -> dict[str, int]:
-        card = entered.current()
+        card = simulated.current()
         if card is None:
             return {}
         found = {"allocated_bytes": card.allocated_bytes}
@@ -151,18 +151,18 @@ class Meter:
 
 def card_total_bytes() -> int | None:
     """What PyTorch may take of the device, or the capacity of the `VirtualCard` in force."""
-    card = entered.current()
+    card = simulated.current()
     return device.usable_bytes() if card is None else card.capacity_bytes
 
 
 def allocated_bytes() -> int | None:
     """Live tensors on the device, or on the `VirtualCard` in force; `None` without either."""
-    card = entered.current()
+    card = simulated.current()
     return device.allocated_and_reserved_bytes()[0] if card is None else card.allocated_bytes
 
 
 def device_name() -> str:
     """The device's name; `"VirtualCard"` or `"cpu"` without one."""
-    if entered.current() is not None:
+    if simulated.current() is not None:
         return "VirtualCard"
     return device.current_name() or "cpu"

@@ -81,6 +81,8 @@ class VRAMRecorder(TrainerCallback):
                     series.go_on(Series.load(path), state.global_step)
             self._run = _Run(path, series, self._peaks_for(args))
             self._run.recoveries = self._recoveries()
+            with self._reads:
+                self._run.skip_peaks(state.global_step)
             if not args.torch_compile:
                 self._run.hook = self._run.tokens.attach(kwargs["model"])
             self._run.callbacks = handler = live.handler()
@@ -170,6 +172,10 @@ class _Run:
         self._steps = 0
         self._meter = Meter(peaks=peaks, began_s=series.time_s)
         self._written_s = series.time_s
+
+    def skip_peaks(self, step: int) -> None:
+        """Leave out what was needed before training, such as by loading the model."""
+        self._meter.take(step)
 
     def read(self, step: int, phase: Phase, batch_tokens: int | None = None) -> None:
         """Take a reading into the series."""

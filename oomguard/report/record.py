@@ -1,10 +1,9 @@
-"""What happened to a guarded run: for the log, for the terminal, and as a JSON file."""
+"""What a guarded run started with, met, and ended with."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -13,29 +12,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rich import box
-from rich.table import Column, Table
 from rich.text import Text
 
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
+from oomguard.report.sparkline import ASCII, BLOCKS
+from oomguard.report.stored import from_json, to_json, write_whole
+from oomguard.report.table import headline, summary, table
 from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from rich.console import Console, ConsoleOptions, RenderResult
     from transformers.trainer_utils import TrainOutput
 
+REPORT_NAME = "oomguard.json"
 SCHEMA = "oomguard.report/1"
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _REDONE_AFTER = frozenset({"forward", "backward"})
 _WIDE = 112
-_UNKNOWN = "-"
-_NOT_FINITE = ("nan", "inf", "-inf")
+_BESIDE = 44  # of the sparkline, its words and two sizes
 _PACKAGES = ("oomguard", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 
 
@@ -117,6 +118,8 @@ class Report:
         versions: Of Python and the packages in use.
         started: When the run started.
         seconds: How long it has run.
+        estimate: What was predicted before the run, as JSON types; `None` where nothing was.
+        folder: Where its file is, and those of the run's callbacks beside it.
     """
 
     initial_plan: Plan
@@ -129,6 +132,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=installed_versions)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: float = 0.0
+    estimate: dict[str, Any] | None = None
+    folder: Path | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def seconds_lost(self) -> float:
@@ -137,9 +142,16 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table of the recoveries, or one line where there were none."""
-        yield Text(self._headline(), style="bold")
+        yield Text(headline(self), style="bold")
         if self.recoveries:
-            yield from ("", self._table(wide=options.max_width >= _WIDE), "", Text(self._summary()))
+            yield from ("", table(self, wide=options.max_width >= _WIDE), "", Text(summary(self)))
+        from oomguard.report.memory import memory_line
+        from oomguard.report.run import Run
+
+        marks = ASCII if options.ascii_only else BLOCKS
+        line = memory_line(Run.of(self), width=min(options.max_width, _WIDE) - _BESIDE, marks=marks)
+        if line:
+            yield Text(f"memory: {line}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; a reader sees the old file or the new one, never half of one.
@@ -147,16 +159,9 @@ class Report:
         Raises:
             OSError: The file cannot be written.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._to_dict(), indent=2, allow_nan=False, default=str)
-        # In the same directory: a rename is atomic only within one file system.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, default=str)
+        write_whole(path, text + "\n")
+        self.folder = Path(path).parent
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -178,56 +183,48 @@ class Report:
             )
             raise ConfigurationError(msg)
         try:
-            return cls._from_dict(values)
+            report = cls._from_dict(values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = (
                 f"{path}: schema {SCHEMA!r}, but its content is not a report's "
                 f"({type(error).__name__}: {error}). Give a file as Report.save wrote it."
             )
             raise ConfigurationError(msg) from error
+        report.folder = Path(path).parent
+        return report
 
-    def _headline(self) -> str:
-        if not self.recoveries:
-            failure = f"failed without a recovery: {self.error or 'no error was recorded'}"
-            happened = failure if self.status == "failed" else "no out-of-memory error"
-            change = _settings(self.initial_plan, self.plan) or "nothing was changed"
-            return f"oomguard: {happened}; {change}"
-        count = len(self.recoveries)
-        before, after = self.initial_plan.effective_batch_size, self.plan.effective_batch_size
-        batch = f"{after} unchanged" if before == after else f"changed from {before} to {after}"
-        return f"oomguard: {count} recover{'y' if count == 1 else 'ies'}, effective batch {batch}"
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML file that needs no network; written to `path` if it is given.
 
-    def _table(self, *, wide: bool) -> Table:
-        table = Table(
-            *(Column(name, no_wrap=True) for name in _pair("step", "phase", wide)),
-            *(Column(name, no_wrap=True, justify="right") for name in _pair("asked", "free", wide)),
-            *(Column(name, overflow="fold") for name in _pair("rung", "fidelity", wide)),
-            Column("change", overflow="fold"),
-            Column("lost", no_wrap=True, justify="right"),
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-            leading=0 if wide else 1,
-        )
-        for recovery in self.recoveries:
-            table.add_row(*map(Text, _cells(recovery, wide)))
-        return table
+        What `VRAMReporter` and `LeakDetector` wrote is looked for where the report was saved or
+        loaded.
 
-    def _summary(self) -> str:
-        endings = {
-            "failed": f"failed: {self.error or 'no error was recorded'}",
-            "interrupted": "interrupted before the end",
-        }
-        steps = "" if self.status == "failed" else ", 0 steps"
-        change = _settings(self.initial_plan, self.plan) or "as at the start"
-        lines = [f"lost: {self.seconds_lost:.1f} s{steps}", f"plan: {change}"]
-        return "\n".join([*lines, *filter(None, [endings.get(self.status)])])
+        Raises:
+            ConfigurationError: There is a timeline to draw, and Plotly is missing.
+            OSError: The file cannot be written.
+        """
+        from oomguard.report.page import page
+        from oomguard.report.run import Run
 
-    def _to_dict(self) -> dict[str, Any]:
-        output = None if self.train_output is None else _to_json(self.train_output._asdict())
+        text = page(Run.of(self))
+        if path is not None:
+            write_whole(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the recoveries as a table, and the memory as a line."""
+        from oomguard.report.page import for_notebook
+        from oomguard.report.run import Run
+
+        return for_notebook(Run.of(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `save` writes it; what is left of other types is for `json`'s `default`."""
+        output = None if self.train_output is None else to_json(self.train_output._asdict())
         started = self.started.isoformat()
-        return {"schema": SCHEMA, **asdict(self), "train_output": output, "started": started}
+        values = {"schema": SCHEMA, **asdict(self), "train_output": output, "started": started}
+        del values["folder"]  # it is where the file is
+        return values
 
     @classmethod
     def _from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -246,52 +243,8 @@ class Report:
             versions=dict(values["versions"]),
             started=datetime.fromisoformat(values["started"]),
             seconds=values["seconds"],
+            estimate=values.get("estimate"),  # not in files of earlier versions
         )
-
-
-def _settings(before: Plan, after: Plan) -> str:
-    """The change without the words on the effective batch, which the headline has."""
-    batch = after.describe_change(after)
-    return before.describe_change(after).removesuffix(batch).removesuffix(", ")
-
-
-def _pair(first: str, second: str, wide: bool) -> tuple[str, ...]:
-    """Two cells, or one of two lines where columns are few."""
-    return (first, second) if wide else (f"{first}\n{second}",)
-
-
-def _cells(recovery: Recovery, wide: bool) -> tuple[str, ...]:
-    event = recovery.event
-    asked, free = (
-        _UNKNOWN if size is None else format_bytes(size)
-        for size in (event.asked_bytes, event.free_bytes)
-    )
-    fidelity = _UNKNOWN if recovery.fidelity is None else recovery.fidelity.value
-    return (
-        *_pair(str(event.step), event.phase, wide),
-        *_pair(asked, free, wide),
-        *_pair(
-            recovery.rung or (_UNKNOWN if recovery.change else "released memory"), fidelity, wide
-        ),
-        recovery.change or _settings(recovery.before, recovery.after) or "plan unchanged",
-        f"{recovery.seconds_lost:.1f} s",
-    )
-
-
-def _to_json(value: Any) -> Any:
-    """Metrics as JSON types: NumPy and torch scalars as numbers, nan and infinity as text."""
-    if isinstance(value, dict):
-        return {name: _to_json(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(entry) for entry in value]
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _from_json(entry) for name, entry in value.items()}
-    return float(value) if value in _NOT_FINITE else value
 
 
 def _train_output(values: dict[str, Any] | None) -> TrainOutput | None:
@@ -300,4 +253,4 @@ def _train_output(values: dict[str, Any] | None) -> TrainOutput | None:
     # Slow to import, and a report of a run that never finished does not need it.
     from transformers.trainer_utils import TrainOutput
 
-    return TrainOutput(**_from_json(values))
+    return TrainOutput(**from_json(values))

@@ -1,0 +1,1 @@
+"""What in a training setup wastes memory: `diagnose` and its checks."""
