@@ -103,7 +103,7 @@ class Fragments(Plant):
 
     def begin(self, steps: int) -> None:
         """See `Plant`."""
-        self.room_bytes = 21 * _MIB * (steps - _FROM_STEP)
+        self.room_bytes = 1024 * _MIB + 20 * _MIB * (steps - _FROM_STEP)
         self._live = [self._new() for _ in range(steps)]
 
     def harm(self) -> None:

@@ -63,6 +63,8 @@ class Card:
     def of(cls, card: Card | str | int | None) -> Card:
         """The constants of a card given by name (`"H100"`), by size (`"12GiB"`, bytes) or not.
 
+        `"host"` is the host's memory, for training on the CPU.
+
         Raises:
             ConfigurationError: It is neither a card of the table nor a size.
         """
@@ -70,6 +72,8 @@ class Card:
             return card
         if card is None:
             return UNKNOWN
+        if card == HOST.name:
+            return HOST
         found = _by_name(card) if isinstance(card, str) else None
         if found is not None:
             return found

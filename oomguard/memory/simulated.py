@@ -16,6 +16,10 @@ class Card(Protocol):
     def allocated_bytes(self) -> int:
         """What lives on it now."""
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that ever lived on it at once."""
+
     def take_peak(self) -> int:
         """The most bytes that lived on it at once since this was last asked."""
 

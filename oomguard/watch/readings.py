@@ -13,6 +13,7 @@ Phase = Literal["train", "eval", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _DRIVER_EVERY_S = 1.0
+_HOST_EVERY_S = 0.1  # on a GPU, whose steps should not wait for the host's kernel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class Reading:
         process_bytes: What this process uses of the device, by the driver; up to a second old.
         device_used_bytes: What all processes use of the device, by the driver; up to a second old.
         batch_tokens: Padded tokens that the optimizer step was made of.
-        host_rss_bytes: The process's memory on the host.
+        host_rss_bytes: The process's memory on the host; on a GPU up to 0.1 s old.
     """
 
     step: int
@@ -77,6 +78,8 @@ class Meter:
         self._highest: tuple[int, int] = (0, 0)
         self._driver: dict[str, int | None] = {}
         self._driver_due_s = 0.0
+        self._host: int | None = None
+        self._host_due_s = 0.0
         self._nvml_answers = True
         self._quiet = Quiet("The process's memory on the device is not read")
 
@@ -95,7 +98,7 @@ class Meter:
             time_s=time_s,
             phase=phase,
             batch_tokens=batch_tokens,
-            host_rss_bytes=host.rss_bytes(),
+            host_rss_bytes=self._of_host(time_s, on_gpu="reserved_bytes" in readings),
             **readings,
         )
 
@@ -123,6 +126,12 @@ class Meter:
             "alloc_retries": stats.alloc_retries,
             **self._of_driver(time_s),
         }
+
+    def _of_host(self, time_s: float, *, on_gpu: bool) -> int | None:
+        if not on_gpu or time_s >= self._host_due_s:
+            self._host_due_s = time_s + _HOST_EVERY_S
+            self._host = host.rss_bytes()
+        return self._host
 
     def _of_driver(self, time_s: float) -> dict[str, int | None]:
         if time_s >= self._driver_due_s:
