@@ -15,7 +15,7 @@ MOST_TRIALS = 4
 _CLOSE = 0.97  # an estimate this close to what was measured leaves nothing to win
 _MARGIN = 1.02  # what is asked of the next plan above the ratio that was measured
 _STEP = 1.1  # how much more than estimated the next plan is taken to need when one died
-_LOOKS = 40  # for another plan than those that were run
+_LOOKS = 16  # for another plan than those that were run
 
 
 class Outcome(Protocol):
