@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from oomguard.memory.allocator import RELEASE, CachingAllocator, Mark, Timeline, replay
+from oomguard.memory.allocator import RELEASE, CachingAllocator, Event, Mark, Timeline, replay
 
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def test_free_pages_of_expandable_segments_are_given_back_and_taken_again() -> N
 
 @pytest.mark.parametrize("expandable", [False, True])
 def test_a_timeline_says_when_its_peak_is(expandable: bool) -> None:
-    events = [
+    events: list[Event] = [
         Mark("load"),
         (0, 20 * MIB),
         Mark("forward"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 LORA = {"lora_r": 8, "target_modules": ("q_proj", "v_proj")}
 # One of each: 4-bit, unquantized, tied full fine-tune, padded without GQA, the math attention.
-MEASURED = {
+MEASURED: dict[str, dict[str, Any]] = {
     "mistral-7b": {"settings": {"quantization": "nf4"}, "checkpointing": True},
     "llama32-1b": {"settings": {"mixed_precision": "no"}, "checkpointing": True},
     "smollm2-135m": {"settings": {"dtype": "float32", "mixed_precision": "no"}},
@@ -160,7 +160,7 @@ def test_an_estimate_leaves_the_process_as_it_was() -> None:
         lambda: nn.functional.scaled_dot_product_attention,
         lambda: nn.functional.dropout,
         lambda: nn.Module._apply,
-        lambda: bitsandbytes.matmul,
+        lambda: vars(bitsandbytes)["matmul"],
         lambda: bitsandbytes.optim.optimizer.GlobalOptimManager._instance,
         lambda: torch.is_autocast_enabled("cpu"),
         lambda: torch.get_rng_state().tolist(),
