@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from oomguard.errors import NothingFitsError
+from oomguard.largest_plan import best, fewer_rows
 from oomguard.memory import device
 from oomguard.memory.size import format_bytes
 from oomguard.search_result import RunnerUp, SearchResult
-from oomguard.search_space import Space, best, fewer_rows
 from oomguard.trial import Trial, refusal, run_trial
 from oomguard.trials import MOST_TRIALS, settle
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oomguard.budget import Budget
     from oomguard.plan import Plan
     from oomguard.prediction.result import Estimate
+    from oomguard.search_space import Space
 
 _RUNNERS_UP = 3
 

@@ -32,15 +32,6 @@ class LadderName(StrEnum):
     EXACT_FIRST = "exact_first"
 
 
-class Maximize(StrEnum):
-    """What `find_plan` maximizes without a GPU."""
-
-    TOKENS = "tokens"
-    MAX_LENGTH = "max_length"
-    MICRO_BATCH_SIZE = "micro_batch_size"
-    LORA_R = "lora_r"
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -239,12 +230,8 @@ def find(
     padded: options.Padded = False,
     trainer: options.TrainerOption = options.TrainerName.SFT,
     card: options.Card = None,
-    maximize: Annotated[
-        Maximize, typer.Option(help="What to make as large as fits.")
-    ] = Maximize.TOKENS,
-    free: Annotated[
-        str, typer.Option(help="Settings that may change besides, with commas: see find_plan.")
-    ] = "",
+    maximize: options.MaximizeOption = options.Maximize.TOKENS,
+    free: options.Free = "",
     json_: Json = False,
 ) -> None:
     """Find the largest plan that fits a card, or each size of card: no GPU, no weights needed."""

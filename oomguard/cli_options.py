@@ -46,6 +46,15 @@ class TrainerName(StrEnum):
     TRAINER = "trainer"
 
 
+class Maximize(StrEnum):
+    """What `find_plan` maximizes without a GPU."""
+
+    TOKENS = "tokens"
+    MAX_LENGTH = "max_length"
+    MICRO_BATCH_SIZE = "micro_batch_size"
+    LORA_R = "lora_r"
+
+
 Model = Annotated[str, typer.Option(help="A folder, a config.json or the id of a model.")]
 QuantizationOption = Annotated[Quantization, typer.Option(help="How the base model is loaded.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights that are not quantized.")]
@@ -67,6 +76,10 @@ Optim = Annotated[str, typer.Option(help="The optimizer, as in TrainingArguments
 Attn = Annotated[Attention, typer.Option(help="The attention implementation.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Rows of a batch differ in length.")]
 TrainerOption = Annotated[TrainerName, typer.Option(help="TRL's SFTTrainer, or a plain Trainer.")]
+MaximizeOption = Annotated[Maximize, typer.Option(help="What to make as large as fits.")]
+Free = Annotated[
+    str, typer.Option(help="Settings that may change besides, with commas: see find_plan.")
+]
 Card = Annotated[str | None, typer.Option(help="A size such as 12GiB, or a name: RTX 4090.")]
 
 

@@ -46,6 +46,7 @@ LAYERS = (
     "trial",
     "trials",
     "search_space",
+    "largest_plan",
     "snippet",
     "search_result",
     "budget",

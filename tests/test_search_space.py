@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oomguard.errors import ConfigurationError
+from oomguard.largest_plan import best, fewer_rows, largest
 from oomguard.plan import Plan
-from oomguard.search_space import FREE, MAXIMIZE, best, fewer_rows, largest, space
+from oomguard.search_space import FREE, MAXIMIZE, space
 
 START = Plan(
     per_device_train_batch_size=2,

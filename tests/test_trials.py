@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oomguard.search_space import best, space
+from oomguard.largest_plan import best
+from oomguard.search_space import space
 from oomguard.trials import MOST_TRIALS, settle
 from tests.test_search_space import START, bytes_of
 
