@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from oomguard.errors import (
         ConfigurationError,
         LadderExhaustedError,
+        NothingFitsError,
         OomguardError,
         UnsupportedTrainerError,
     )
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         ReleaseCache,
         SplitBatch,
     )
+    from oomguard.search import find_plan
+    from oomguard.search_result import SearchResult
     from oomguard.watch.leak import LeakDetector
     from oomguard.watch.reporter import VRAMReporter
 
@@ -49,6 +52,7 @@ __all__ = [
     "LeakDetector",
     "LowerRank",
     "NarrowTargets",
+    "NothingFitsError",
     "OOMEvent",
     "OffloadActivations",
     "OomguardError",
@@ -58,11 +62,13 @@ __all__ = [
     "ReleaseCache",
     "Report",
     "Rung",
+    "SearchResult",
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
     "diagnose",
     "estimate",
+    "find_plan",
     "fit",
 ]
 
@@ -75,12 +81,14 @@ _MODULES = (
     "report",
     "rung",
     "rungs",
+    "prediction.estimate",
+    "prediction.result",
+    "search",
+    "search_result",
     "watch.leak",
     "watch.reporter",
     "diagnosis.finding",
     "diagnosis.diagnose",
-    "prediction.estimate",
-    "prediction.result",
 )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import oomguard
+from oomguard import cli_options as options
 
 app = typer.Typer(
     name="oomguard",
@@ -29,37 +30,6 @@ class LadderName(StrEnum):
 
     DEFAULT = "default"
     EXACT_FIRST = "exact_first"
-
-
-class Quantization(StrEnum):
-    """How the base is loaded."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    INT8 = "int8"
-    NONE = "none"
-
-
-class DType(StrEnum):
-    """Of the weights that are not quantized."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Attention(StrEnum):
-    """`attn_implementation`."""
-
-    SDPA = "sdpa"
-    EAGER = "eager"
-
-
-class TrainerName(StrEnum):
-    """TRL's SFTTrainer, or a plain Trainer with full logits."""
-
-    SFT = "sft"
-    TRAINER = "trainer"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -143,6 +113,56 @@ def run(
     raise typer.Exit(status)
 
 
+@app.command(no_args_is_help=True)
+def estimate(
+    model: options.Model,
+    *,
+    quantization: options.QuantizationOption = options.Quantization.NONE,
+    dtype: options.DtypeOption = options.Dtype.BFLOAT16,
+    lora_r: options.LoraR = None,
+    target_modules: options.TargetModules = None,
+    dora: options.Dora = False,
+    rslora: options.Rslora = False,
+    full: options.Full = False,
+    batch_size: options.BatchSize = 1,
+    max_length: options.MaxLength = 1024,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    optim: options.Optim = "adamw_torch_fused",
+    attn: options.Attn = options.Attention.SDPA,
+    padded: options.Padded = False,
+    trainer: options.TrainerOption = options.TrainerName.SFT,
+    card: options.Card = None,
+    json_: Json = False,
+) -> None:
+    """Estimate the peak memory of a fine-tune: no GPU, no weights needed."""
+    with options.one_line_errors():
+        settings = options.as_settings(
+            quantization=quantization,
+            dtype=dtype,
+            lora_r=lora_r,
+            target_modules=target_modules,
+            dora=dora,
+            rslora=rslora,
+            full=full,
+            batch_size=batch_size,
+            max_length=max_length,
+            gradient_checkpointing=gradient_checkpointing,
+            optim=optim,
+            attn=attn,
+            padded=padded,
+            trainer=trainer,
+        )
+        from oomguard.prediction import command
+
+        found = command.run(model, card, settings)
+    if json_:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+
+
 @app.command(
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
     no_args_is_help=True,
@@ -176,85 +196,6 @@ def diagnose(
         Console().print(found)
 
 
-@app.command(no_args_is_help=True)
-def estimate(
-    model: Annotated[str, typer.Option(help="A folder, a config.json, or the id of a model.")],
-    quantization: Annotated[
-        Quantization, typer.Option(help="How the base is loaded.")
-    ] = Quantization.NONE,
-    dtype: Annotated[
-        DType, typer.Option(help="Of the weights that are not quantized.")
-    ] = DType.BFLOAT16,
-    lora_r: Annotated[int, typer.Option(min=1, help="The rank of the adapters.")] = 16,
-    target_modules: Annotated[
-        str, typer.Option(help="Names of modules with adapters, by commas; or all-linear.")
-    ] = "all-linear",
-    *,
-    dora: Annotated[bool, typer.Option("--dora", help="DoRA adapters.")] = False,
-    rslora: Annotated[bool, typer.Option("--rslora", help="rsLoRA adapters.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, no adapters.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a pass.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of the longest row.")] = 1024,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Recompute activations in backward; on for sft, off for trainer.",
-        ),
-    ] = None,
-    optim: Annotated[
-        str, typer.Option(help="As TrainingArguments.optim names it.")
-    ] = "adamw_torch_fused",
-    attn: Annotated[Attention, typer.Option(help="The attention.")] = Attention.SDPA,
-    padded: Annotated[
-        bool, typer.Option("--padded", help="Rows of a batch differ in length.")
-    ] = False,
-    trainer: Annotated[TrainerName, typer.Option(help="Whose loss.")] = TrainerName.SFT,
-    card: Annotated[
-        str | None, typer.Option(help="A size such as 12GiB, or a name such as 'RTX 4090'.")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Estimate the peak memory of a fine-tune: no GPU, no weights.
-
-    What cannot work is said in one line, with exit status 2.
-    """
-    # It warns of kernels for the CPU, on which nothing is multiplied here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from oomguard.errors import ConfigurationError
-    from oomguard.prediction import command
-
-    if gradient_checkpointing is None:
-        gradient_checkpointing = trainer is TrainerName.SFT
-    options = command.from_options(
-        full=full,
-        lora_r=lora_r,
-        target_modules=target_modules,
-        batch_size=batch_size,
-        attn=attn.value,
-        dora=dora,
-        rslora=rslora,
-        max_length=max_length,
-        gradient_checkpointing=gradient_checkpointing,
-        optim=optim,
-        padded=padded,
-        trainer=trainer.value,
-        quantization=quantization.value,
-        dtype=dtype.value,
-    )
-    try:
-        found = command.run(model, card, options)
-    except ConfigurationError as error:
-        sys.stderr.write(f"oomguard estimate: {error}\n")
-        raise typer.Exit(2) from None
-    if json_:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console().print(found)
-
-
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Say what oomguard finds on this machine, and what each rung would do here."""
@@ -268,6 +209,61 @@ def doctor(json_: Json = False) -> None:
 
         Console().print(findings)
     raise typer.Exit(0 if findings.healthy else 1)
+
+
+@app.command(no_args_is_help=True)
+def find(
+    model: options.Model,
+    *,
+    quantization: options.QuantizationOption = options.Quantization.NONE,
+    dtype: options.DtypeOption = options.Dtype.BFLOAT16,
+    lora_r: options.LoraR = None,
+    target_modules: options.TargetModules = None,
+    dora: options.Dora = False,
+    rslora: options.Rslora = False,
+    full: options.Full = False,
+    batch_size: options.BatchSize = 1,
+    max_length: options.MaxLength = 1024,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    optim: options.Optim = "adamw_torch_fused",
+    attn: options.Attn = options.Attention.SDPA,
+    padded: options.Padded = False,
+    trainer: options.TrainerOption = options.TrainerName.SFT,
+    card: options.Card = None,
+    maximize: options.MaximizeOption = options.Maximize.TOKENS,
+    free: options.Free = "",
+    json_: Json = False,
+) -> None:
+    """Find the largest plan that fits a card, or each size of card: no GPU, no weights needed."""
+    with options.one_line_errors():
+        settings = options.as_settings(
+            quantization=quantization,
+            dtype=dtype,
+            lora_r=lora_r,
+            target_modules=target_modules,
+            dora=dora,
+            rslora=rslora,
+            full=full,
+            batch_size=batch_size,
+            max_length=max_length,
+            gradient_checkpointing=gradient_checkpointing,
+            optim=optim,
+            attn=attn,
+            padded=padded,
+            trainer=trainer,
+        )
+        from oomguard import find_command
+
+        freed = tuple(name.strip() for name in free.split(",") if name.strip())
+        found = find_command.find(
+            model, card, maximize=maximize.value, free=freed, settings=settings
+        )
+    if json_:
+        sys.stdout.write(json.dumps(find_command.as_json(found), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(find_command.as_table(found))
 
 
 @app.command()

@@ -13,6 +13,10 @@ class ConfigurationError(OomguardError, ValueError):
     """A ladder, plan or setting that cannot work; raised before training starts."""
 
 
+class NothingFitsError(ConfigurationError):
+    """A search found no plan that fits the card."""
+
+
 class UnsupportedTrainerError(OomguardError, TypeError):
     """A trainer, or a setting of it, under which a recovery could not be exact."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from rich.console import Console
 from transformers import Trainer
 
-from oomguard import hooks
+from oomguard import hooks, starting
 from oomguard.checkpoint import OomguardState, Reached, read
 from oomguard.descent import Descent
 from oomguard.errors import ConfigurationError, UnsupportedTrainerError
@@ -40,6 +40,7 @@ def fit(
     *,
     ladder: Ladder | str = "default",
     plan: Plan | Literal["last"] | None = None,
+    find: bool = False,
     **train_arguments: Any,
 ) -> Report:
     """Call `trainer.train()` and finish it although CUDA runs out of memory.
@@ -54,6 +55,8 @@ def fit(
         plan: What a new run begins with instead of the trainer's own settings: `"last"` for the
             plan that an earlier run in the same `args.output_dir` had ended with. A resumed run
             goes on with the plan in its checkpoint by itself.
+        find: Whether to search first for the most rows a pass that fit, as `find_plan` does, and
+            train with as many; the effective batch is kept by accumulation.
         **train_arguments: Passed to `trainer.train`, for example `resume_from_checkpoint=True`.
 
     Returns:
@@ -64,6 +67,15 @@ def fit(
         ConfigurationError: The ladder cannot work.
         LadderExhaustedError: Memory ran out and no rung was left.
     """
+    if find:
+        check(trainer)
+        if plan is not None or train_arguments.get("resume_from_checkpoint"):
+            msg = (
+                "find=True contradicts plan and resume_from_checkpoint: either of them says what "
+                "the training begins with. Leave out one."
+            )
+            raise ConfigurationError(msg)
+        starting.adopt_found(trainer)
     with Guard(trainer, ladder=ladder, plan=plan) as guard:
         trainer.train(**train_arguments)
     return guard.report

@@ -21,6 +21,7 @@ SURFACE = (
     "LeakDetector",
     "LowerRank",
     "NarrowTargets",
+    "NothingFitsError",
     "OOMEvent",
     "OffloadActivations",
     "OomguardError",
@@ -30,23 +31,27 @@ SURFACE = (
     "ReleaseCache",
     "Report",
     "Rung",
+    "SearchResult",
     "SplitBatch",
     "UnsupportedTrainerError",
     "VRAMReporter",
     "diagnose",
     "estimate",
+    "find_plan",
     "fit",
 )
 
+FINE_TUNE = {
+    *("--model", "--quantization", "--dtype", "--lora-r", "--target-modules", "--dora"),
+    *("--rslora", "--full", "--batch-size", "--max-length", "--gradient-checkpointing"),
+    *("--optim", "--attn", "--padded", "--trainer", "--card"),
+}
 COMMANDS = {
     "": {"--version"},
     "diagnose": {"script", "arguments", "-m", "--json"},
     "doctor": {"--json"},
-    "estimate": {
-        *("--model", "--quantization", "--dtype", "--lora-r", "--target-modules", "--dora"),
-        *("--rslora", "--full", "--batch-size", "--max-length", "--gradient-checkpointing"),
-        *("--optim", "--attn", "--padded", "--trainer", "--card", "--json"),
-    },
+    "estimate": {*FINE_TUNE, "--json"},
+    "find": {*FINE_TUNE, "--maximize", "--free", "--json"},
     "report": {"run_dir", "--html", "--png", "--json"},
     "run": {"script", "arguments", "-m", "--ladder", "--max-restarts", "--resume", "--json"},
 }

@@ -81,6 +81,14 @@ def enable(trainer: Any, *, offload: bool = False) -> None:
             model.enable_input_require_grads()
 
 
+def disable(trainer: Any) -> None:
+    """Store activations again, also once training begins."""
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if hasattr(trainer.args, name):
+            setattr(trainer.args, name, False)
+    base_model(trainer).gradient_checkpointing_disable()  # type: ignore[operator]
+
+
 def put_back(trainer: Any) -> Callable[[], None]:
     """What switches checkpointing on again if it is on now, as `args` ask for it.
 

@@ -27,6 +27,21 @@ def own(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def paged_so_far() -> tuple[Tensor, ...]:
+    """Every paged tensor that bitsandbytes keeps now."""
+    from bitsandbytes.functional import GlobalPageManager
+
+    return tuple(GlobalPageManager.get_instance().paged_tensors)
+
+
+def own_since(before: tuple[Tensor, ...]) -> None:
+    """`own` every paged tensor that was made since `paged_so_far` returned `before`."""
+    old = set(map(id, before))
+    for tensor in paged_so_far():
+        if id(tensor) not in old:
+            own(tensor)
+
+
 def own_all(optimizer: Any) -> None:
     """`own` every paged tensor of an optimizer that somebody else has made."""
     for state in optimizer.state.values():

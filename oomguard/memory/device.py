@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pynvml
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,27 @@ def room_bytes() -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return min(free + torch.cuda.memory_reserved(), usable_bytes() or total)
+
+
+def synchronize() -> None:
+    """Wait for what the current device has been given to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def limited(reserved_bytes: int | None) -> Iterator[None]:
+    """While entered, PyTorch may take so much of the current device; `None` for no other limit."""
+    if reserved_bytes is None or not torch.cuda.is_initialized():
+        yield
+        return
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    before = torch.cuda.get_per_process_memory_fraction()
+    torch.cuda.set_per_process_memory_fraction(min(before, max(0, reserved_bytes) / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)
 
 
 def usable_bytes() -> int | None:

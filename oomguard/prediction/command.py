@@ -16,32 +16,6 @@ if TYPE_CHECKING:
 
     from oomguard.prediction.result import Estimate
 
-ALL_LINEAR = "all-linear"
-
-
-def from_options(
-    *,
-    full: bool,
-    lora_r: int,
-    target_modules: str,
-    batch_size: int,
-    attn: str,
-    dora: bool,
-    rslora: bool,
-    **options: Any,
-) -> dict[str, Any]:
-    """Keywords of `estimate` from what the command line calls them."""
-    names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
-    return {
-        "lora_r": None if full else lora_r,
-        "target_modules": None if full else names,
-        "per_device_train_batch_size": batch_size,
-        "attn_implementation": attn,
-        "use_dora": dora,
-        "use_rslora": rslora,
-        **options,
-    }
-
 
 def run(model: str, card: str | None, options: dict[str, Any]) -> Estimate:
     """The estimate of the options, under a progress bar where standard error is a terminal.

@@ -13,6 +13,8 @@ from oomguard.prediction.settings import Settings
 from oomguard.prediction.trainer import plan_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from oomguard.memory.cards import Card
     from oomguard.prediction.result import Estimate
 
@@ -51,6 +53,17 @@ def estimate(
         ConfigurationError: Nothing is known of the model, or the settings contradict each other.
     """
     began = time.perf_counter()
+    predictor, chosen = asked(model, plan, settings)
+    result = predictor.at(chosen, card)
+    return replace(result, seconds=time.perf_counter() - began)
+
+
+def asked(model: Any, plan: Plan | None, settings: Mapping[str, Any]) -> tuple[Predictor, Plan]:
+    """The predictor and the plan that the arguments of `estimate` name.
+
+    Raises:
+        ConfigurationError: As `estimate`.
+    """
     predictor, start = _start(model)
     changes = {name: value for name, value in settings.items() if name in _PLAN}
     kept = {name: value for name, value in settings.items() if name not in _PLAN}
@@ -60,9 +73,7 @@ def estimate(
         raise ConfigurationError(msg)
     predictor = predictor.under(replace(predictor.settings, **kept))
     base = plan or start or default_plan(predictor.settings)
-    chosen = replace(base, **_consistent(changes))
-    result = predictor.at(chosen, card)
-    return replace(result, seconds=time.perf_counter() - began)
+    return predictor, replace(base, **_consistent(changes))
 
 
 def default_plan(settings: Settings) -> Plan:

@@ -1,0 +1,84 @@
+"""What a plan may take: a card by name or size, the GPU that is here, or a `VirtualCard`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from oomguard.errors import ConfigurationError
+from oomguard.memory import device, simulated
+from oomguard.memory.cards import Card
+from oomguard.prediction.result import CLOSED_FORM, TRACED
+
+if TYPE_CHECKING:
+    from oomguard.prediction.result import Estimate
+
+_OFF = {TRACED: 1.01, CLOSED_FORM: 1.1}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory of a card.
+
+    Attributes:
+        card: The card; its `total_bytes` is known.
+        simulated: Whether it is a `VirtualCard`, which has neither context nor cache.
+        given: Whether the user named it.
+    """
+
+    card: Card
+    simulated: bool
+    given: bool
+
+    @classmethod
+    def of(cls, card: Card | str | int | None) -> Budget:
+        """The budget of a card, or of the one that is here if `None`.
+
+        Raises:
+            ConfigurationError: It is no card, or none is named and none is here.
+        """
+        named, virtual = Card.of(card), simulated.current()
+        if virtual is not None and virtual.capacity_bytes is not None:
+            total = min(virtual.capacity_bytes, named.total_bytes or virtual.capacity_bytes)
+            found = replace(named, name="VirtualCard", total_bytes=total)
+            return cls(found, simulated=True, given=card is not None)
+        if card is None:
+            named = _here()
+        if named.total_bytes is None:
+            msg = (
+                "there is no GPU here whose memory could be asked for: name a card, such as "
+                "card='12GiB' or card='RTX 4090'"
+            )
+            raise ConfigurationError(msg)
+        return cls(named, simulated=False, given=card is not None)
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of the card."""
+        return self.card.total_bytes or 0
+
+    def surely_holds(self, estimate: Estimate) -> bool:
+        """Whether a plan fits also where its estimate is off as far as estimates of its kind are.
+
+        Traced ones are off by 0.3 % on average.
+        """
+        return self.holds(estimate, _OFF[estimate.method])
+
+    def holds(self, estimate: Estimate, scale: float = 1.0) -> bool:
+        """Whether a plan fits that takes `scale` times its estimate."""
+        total = int(self.total_bytes / scale)
+        if self.simulated:
+            return estimate.peak_allocated_bytes <= total
+        return estimate.fits(replace(self.card, total_bytes=total))
+
+
+def _here() -> Card:
+    """The first GPU of this process; one without memory where there is none."""
+    found = next(iter(device.devices()), None)
+    if found is None:
+        return Card.of(None)
+    try:
+        known = Card.of(found.name)
+    except ConfigurationError:  # a kind of card that the table does not have
+        known = Card.of(found.total_bytes)
+    return replace(known, name=found.name, total_bytes=found.total_bytes)
