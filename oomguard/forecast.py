@@ -7,7 +7,6 @@ no estimate can be made, that is said once and the training goes on without.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,8 +41,6 @@ T = TypeVar("T")
 # Others keep a reference model, make pairs of their rows, or sample what they train on.
 _ESTIMATED = (None, "SFTTrainer")
 _ROUGHLY = 16  # times what the closed form says, a card is far too large
-_BUDGET_S = 20.0
-"""What all estimates of a run may take together: a try that fails costs seconds too."""
 
 
 class Forecast:
@@ -55,7 +52,6 @@ class Forecast:
         self._report = report
         self._made: Predictor | None = None
         self._known: dict[Plan, Estimate] = {}
-        self._spent_s = 0.0
         model = type(base_model(trainer)).__name__
         causal = model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         self._given_up = not causal or trl_class(trainer) not in _ESTIMATED
@@ -112,12 +108,10 @@ class Forecast:
 
     def _estimate(self, plan: Plan) -> Estimate | None:
         """The estimate, where it is more than arithmetic."""
-        if plan not in self._known and self._spent_s < _BUDGET_S:
-            began = time.perf_counter()
+        if plan not in self._known:
             self._known[plan] = self._predictor().at(plan, self._card())
-            self._spent_s += time.perf_counter() - began
-        known = self._known.get(plan)
-        return known if known is not None and known.method == TRACED else None
+        known = self._known[plan]
+        return known if known.method == TRACED else None
 
     def _predictor(self) -> Predictor:
         if self._made is None:
