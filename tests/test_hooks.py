@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Seq2SeqTrainer,
     Trainer,
+    masking_utils,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
@@ -69,6 +70,16 @@ def test_an_intercepted_method_is_called_upstream_as_the_guard_expects(
 # Private names of other packages that oomguard uses, each with a check that it still means the
 # same there. `testing` is left out: its own tests run every one of them.
 OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
+ATEN = torch.ops.aten
+ONE = torch.ones(1)
+SDPA = ("query", "key", "value")
+
+
+def begins_with(op: Any, *names: str) -> bool:
+    """Whether these are the first arguments of an operator."""
+    return [argument.name for argument in op.default._schema.arguments][: len(names)] == list(names)
+
+
 PRIVATE: dict[str, Callable[[], Any]] = {
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
@@ -76,6 +87,32 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_attn_implementation": lambda: (
         tiny.config(attn_implementation="eager")._attn_implementation == "eager"
     ),
+    "_buffers": lambda: "running_mean" in nn.BatchNorm1d(1)._buffers,
+    "_cdata": lambda: (
+        ONE.untyped_storage()._cdata == ONE.view(1, 1).untyped_storage()._cdata
+        and ONE.untyped_storage()._cdata != ONE.clone().untyped_storage()._cdata
+    ),
+    "_local_scalar_dense": lambda: ATEN._local_scalar_dense(ONE) == 1.0,
+    "_safe_softmax": lambda: begins_with(ATEN._safe_softmax, "self", "dim"),
+    "_softmax_backward_data": lambda: begins_with(
+        ATEN._softmax_backward_data, "grad_output", "output"
+    ),
+    "_scaled_dot_product_attention_math": lambda: begins_with(
+        ATEN._scaled_dot_product_attention_math, *SDPA, "attn_mask", "dropout_p"
+    ),
+    "_scaled_dot_product_efficient_attention": lambda: begins_with(
+        ATEN._scaled_dot_product_efficient_attention, *SDPA, "attn_bias", "compute_log_sumexp"
+    ),
+    "_scaled_dot_product_efficient_attention_backward": lambda: begins_with(
+        ATEN._scaled_dot_product_efficient_attention_backward, "grad_out_", *SDPA
+    ),
+    "_scaled_dot_product_flash_attention": lambda: begins_with(
+        ATEN._scaled_dot_product_flash_attention, *SDPA, "dropout_p", "is_causal"
+    ),
+    "_scaled_dot_product_flash_attention_backward": lambda: begins_with(
+        ATEN._scaled_dot_product_flash_attention_backward, "grad_out", *SDPA, "out", "logsumexp"
+    ),
+    "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_dispatch_tls_local_exclude_set": lambda: dispatches_as_before(),
     "_dispatch_tls_local_include_set": lambda: dispatches_as_before(),
@@ -113,7 +150,6 @@ PRIVATE: dict[str, Callable[[], Any]] = {
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
     "_values": lambda: torch.eye(2).to_sparse()._values().tolist() == [1, 1],
-    "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
     "_snapshot": lambda: callable(torch.cuda.memory._snapshot),
 }
 
@@ -206,6 +242,10 @@ UPSTREAM: dict[str, tuple[Any, str]] = {
     "optimizer.convert": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_pre_hooks"),
     "optimizer.convert, too": (torch.optim.Adam([torch.zeros(1)]), "_optimizer_step_post_hooks"),
     "loss.probe": (Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
+    "world.world": (masking_utils, "is_tracing"),
+    "world.world, too": (masking_utils, "fast_all"),
+    "optimizers.on_card": (bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer"),
+    "optimizers.on_card, too": (bitsandbytes.optim.optimizer.Optimizer8bit, "fill_qmap"),
     "paging.own": (bitsandbytes.functional.GlobalPageManager.get_instance(), "paged_tensors"),
 }
 

@@ -91,7 +91,7 @@ class Predictor:
             settings=self.settings,
             card=on,
             method=method,
-            notes=(*found.notes, *_assumed(on)),
+            notes=(*found.notes, *_left_out(plan), *_assumed(on)),
             seconds=time.perf_counter() - began,
             timeline=found.timeline,
         )
@@ -181,6 +181,12 @@ def _key(plan: Plan, card: Card) -> Any:
     )
     kernels = (card.capability, card.multiprocessors, card.is_host)
     return neutral, min(2, plan.passes_per_step), kernels
+
+
+def _left_out(plan: Plan) -> tuple[str, ...]:
+    if not plan.offload_activations:
+        return ()
+    return ("offload_activations is counted as if the checkpoints stayed on the card",)
 
 
 def _assumed(card: Card) -> tuple[str, ...]:

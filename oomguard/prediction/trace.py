@@ -271,10 +271,9 @@ class _Run:
     def _checkpoint(self, base: Any) -> None:
         every = self._settings.checkpoint_every_n_layers
         values: dict[str, Any] = {"use_reentrant": self._settings.use_reentrant}
-        if every > 1:
-            values["every_n_layers"] = every
         if hasattr(base, "activation_checkpointing_enable"):
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs=values)
+            more = {"every_n_layers": every} if every > 1 else {}
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=values, **more)
         else:
             base.gradient_checkpointing_enable(values)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from oomguard.prediction import int8
+from oomguard.prediction import autocast, int8
 from oomguard.prediction.attention import scaled_dot_product_attention
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
             put(torch, dropout=_dropout, autocast=Autocast)
             put(torch.amp, autocast=Autocast)
             put(torch.amp.autocast_mode, autocast=Autocast)
+            autocast.patch(put)
             _triton(put)
             if find_spec("bitsandbytes") is not None:
                 _quantized(put)
