@@ -181,6 +181,7 @@ def test_accelerates_loader_moves_batches_by_its_device_alone() -> None:
 # same there. `testing` is left out: its own tests run every one of them.
 OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
 ATEN = torch.ops.aten
+MAKES_CONFIG: Any = LlamaConfig
 ONE = torch.ones(1)
 SDPA = ("query", "key", "value")
 
