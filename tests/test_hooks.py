@@ -196,7 +196,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),
     "_attn_implementation": lambda: (
-        LlamaConfig(attn_implementation="eager")._attn_implementation == "eager"
+        MAKES_CONFIG(attn_implementation="eager")._attn_implementation == "eager"
     ),
     "_buffers": lambda: "running_mean" in nn.BatchNorm1d(1)._buffers,
     "_cdata": lambda: (
