@@ -71,6 +71,7 @@ def test_an_intercepted_method_is_called_upstream_as_the_guard_expects(
 # same there. `testing` is left out: its own tests run every one of them.
 OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
 ATEN = torch.ops.aten
+MAKES_CONFIG: Any = LlamaConfig
 ONE = torch.ones(1)
 SDPA = ("query", "key", "value")
 
@@ -85,7 +86,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),
     "_attn_implementation": lambda: (
-        tiny.config(attn_implementation="eager")._attn_implementation == "eager"
+        MAKES_CONFIG(attn_implementation="eager")._attn_implementation == "eager"
     ),
     "_buffers": lambda: "running_mean" in nn.BatchNorm1d(1)._buffers,
     "_cdata": lambda: (
