@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 from transformers import (
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     Seq2SeqTrainer,
