@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from oomguard.search_space import Space
 
 _RUNNERS_UP = 3
+_APART = 1.25  # how much larger a plan is than the next, roughly
 
 
 class CardSearch:
@@ -142,8 +144,17 @@ class CardSearch:
         for other in self._trials:
             self._ask(other)
         others = [other for other in self._asked if other != plan and self._fits(other, plan)]
-        ranked = sorted(others, key=self._rank)[:_RUNNERS_UP]
+        kinds = {} if plan in self._trials else {self._kind(plan): plan}
+        for other in sorted(others, key=self._rank):
+            kinds.setdefault(self._kind(other), other)
+        ranked = [other for other in kinds.values() if other != plan][:_RUNNERS_UP]
         return tuple(RunnerUp(self._ask(other), self._trials.get(other)) for other in ranked)
+
+    def _kind(self, plan: Plan) -> tuple[object, ...]:
+        """Plans of one kind are much the same: of a search's last steps one is enough."""
+        size = max(1, self._space.size(plan))
+        numbers = plan.per_device_train_batch_size, int(math.log(size, _APART))
+        return *numbers, plan.gradient_checkpointing, plan.optim, plan.target_modules
 
     def _fits(self, other: Plan, found: Plan) -> bool:
         trial = self._trials.get(other)

@@ -109,14 +109,14 @@ class SearchResult:
         )
         table.add_row("found", *row(self.plan, self.estimate, self.measured))
         for other in self.runners_up:
-            table.add_row("also fits", *row(other.plan, other.estimate, other.measured))
+            table.add_row("also", *row(other.plan, other.estimate, other.measured))
         yield table
         yield from (f"note: {escape(note)}" for note in self.notes)
         yield ""
         yield escape(self.snippet())
 
 
-COLUMNS = ("rows", "length", "tokens", "LoRA r", "checkpointing", "bytes", "")
+COLUMNS = ("rows", "length", "tokens", "LoRA r", "ckpt", "bytes", "")
 """Rows a pass times passes a step, tokens of the longest row, tokens of a pass, and so on."""
 
 

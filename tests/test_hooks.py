@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 from transformers import (
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     Seq2SeqTrainer,
@@ -71,6 +72,7 @@ def test_an_intercepted_method_is_called_upstream_as_the_guard_expects(
 # same there. `testing` is left out: its own tests run every one of them.
 OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
 ATEN = torch.ops.aten
+MAKES_CONFIG: Any = LlamaConfig
 ONE = torch.ones(1)
 SDPA = ("query", "key", "value")
 
@@ -85,7 +87,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),
     "_attn_implementation": lambda: (
-        tiny.config(attn_implementation="eager")._attn_implementation == "eager"
+        MAKES_CONFIG(attn_implementation="eager")._attn_implementation == "eager"
     ),
     "_buffers": lambda: "running_mean" in nn.BatchNorm1d(1)._buffers,
     "_cdata": lambda: (
@@ -112,6 +114,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_scaled_dot_product_flash_attention_backward": lambda: begins_with(
         ATEN._scaled_dot_product_flash_attention_backward, "grad_out", *SDPA, "out", "logsumexp"
     ),
+    "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
     "_asdict": lambda: TrainOutput(1, 2.0, {})._asdict()["global_step"] == 1,
     "_dispatch_tls_local_exclude_set": lambda: dispatches_as_before(),
     "_dispatch_tls_local_include_set": lambda: dispatches_as_before(),
@@ -149,7 +152,6 @@ PRIVATE: dict[str, Callable[[], Any]] = {
         and not torch.ops.aten.add.Tensor._schema.is_mutable
     ),
     "_values": lambda: torch.eye(2).to_sparse()._values().tolist() == [1, 1],
-    "_supports_sdpa": lambda: LlamaForCausalLM._supports_sdpa is True,
     "_snapshot": lambda: callable(torch.cuda.memory._snapshot),
 }
 

@@ -25,7 +25,6 @@ LAYERS = (
     "resumption",
     "watch",
     "oom",
-    "watch",
     "retry",
     "feed",
     "optimizer_step",

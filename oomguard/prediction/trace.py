@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oomguard.errors import ConfigurationError
 from oomguard.prediction import kernels, load, optimizers
+from oomguard.prediction.follow import (
+    Enter,
+    Head,
+    Leave,
+    inherit,
+    quantization_tensors,
+    sft_stand_in,
+)
 from oomguard.prediction.layers import Cut, cut, shorten
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.recorder import Entry, Recorder
@@ -226,7 +232,7 @@ class _Run:
     def _name(self, kind: str) -> None:
         tensors = [*self._model.parameters(), *self._model.buffers()]
         for module in self._model.modules():
-            tensors += _quantization_tensors(module)
+            tensors += quantization_tensors(module)
         for tensor in tensors:
             number = self._recorder.id_of(tensor)
             if number is not None:
@@ -266,7 +272,7 @@ class _Run:
                 recorder.home[number] = recorder.layer
         recorder.layer = None
         self._name("adapters")
-        _inherit(recorder, first)
+        inherit(recorder, first)
 
     def _checkpoint(self, base: Any) -> None:
         every = self._settings.checkpoint_every_n_layers
@@ -283,10 +289,10 @@ class _Run:
         if self._cut is not None:
             layers = base.get_submodule(self._cut.path)
             for unit, layer in zip(self._cut.unit, layers, strict=True):
-                layer.register_forward_pre_hook(_Enter(recorder, unit))
-                layer.register_forward_hook(_Leave(recorder, unit))
+                layer.register_forward_pre_hook(Enter(recorder, unit))
+                layer.register_forward_hook(Leave(recorder, unit))
         head: Any = base.base_model
-        head.register_forward_hook(_Head(recorder))
+        head.register_forward_hook(Head(recorder))
 
     def _autocast(self) -> None:
         """As `Accelerator.prepare_model` does."""
@@ -326,30 +332,13 @@ class _Run:
             from trl import SFTTrainer
 
             return SFTTrainer.compute_loss(
-                self._stand_in(), self._model, inputs, num_items_in_batch=items
+                sft_stand_in(self._model, self._config),
+                self._model,
+                inputs,
+                num_items_in_batch=items,
             )
         outputs = self._model(**inputs, num_items_in_batch=items)
         return outputs["loss"]
-
-    def _stand_in(self) -> Any:
-        """What `SFTTrainer.compute_loss` asks of its trainer."""
-        accelerator = SimpleNamespace(
-            gather_for_metrics=lambda value: value, parallelism_config=None, num_processes=1
-        )
-        return SimpleNamespace(
-            model=self._model,
-            accelerator=accelerator,
-            args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
-            aux_loss_enabled=getattr(text_config(self._config), "output_router_logits", False),
-            router_aux_loss_coef=getattr(text_config(self._config), "router_aux_loss_coef", 0.0),
-            compute_loss_func=None,
-            label_smoother=None,
-            current_gradient_accumulation_steps=1,
-            get_tp_size=lambda: 1,
-            _metrics={"train": defaultdict(list)},
-            _total_train_tokens=0,
-            _tp_size=1,
-        )
 
     def _step(self, optimizer: Any) -> dict[nn.Parameter, int]:
         """Clip, step, and drop the gradients; the id of each parameter's."""
@@ -367,55 +356,3 @@ class _Run:
         recorder.mark("end of step")
         model.zero_grad()
         return gradients
-
-
-@dataclass
-class _Enter:
-    recorder: Recorder
-    unit: int
-
-    def __call__(self, module: Any, inputs: Any) -> None:
-        self.recorder.layer = self.unit
-
-
-@dataclass
-class _Leave:
-    recorder: Recorder
-    unit: int
-
-    def __call__(self, module: Any, inputs: Any, out: Any) -> None:
-        self.recorder.layer = None
-        hidden = out[0] if isinstance(out, tuple) else out
-        if hidden.requires_grad:
-            hidden.register_hook(self._arrived)
-
-    def _arrived(self, grad: Any) -> None:
-        self.recorder.layer = self.unit
-        self.recorder.in_head = False
-
-
-@dataclass
-class _Head:
-    recorder: Recorder
-
-    def __call__(self, module: Any, inputs: Any, out: Any) -> None:
-        self.recorder.in_head = True
-
-
-def _quantization_tensors(module: Any) -> list[torch.Tensor]:
-    state = getattr(module, "quant_state", None)
-    found = [getattr(getattr(module, "state", None), name, None) for name in ("CB", "SCB")]
-    while state is not None:
-        found += [state.absmax, state.code, getattr(state, "offset", None)]
-        state = getattr(state, "state2", None)
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
-
-
-def _inherit(recorder: Recorder, first: int) -> None:
-    """What PEFT made on the way to an adapter belongs to that adapter's layer."""
-    layer = None
-    for number in range(len(recorder.nbytes) - 1, first - 1, -1):
-        if recorder.home[number] is None:
-            recorder.home[number] = layer
-        else:
-            layer = recorder.home[number]
