@@ -84,7 +84,7 @@ def test_counters_left_alone_tell_a_peak_only_where_it_rose() -> None:
 def test_a_gpu_is_read_without_waiting_for_it_and_every_peak_is_of_its_own_time() -> None:
     meter = Meter(peaks="step")
     kept = torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda")
-    meter.take(0)
+    before = meter.take(0)
     del kept
     square = torch.randn(8192, 8192, device="cuda")
     done = torch.cuda.Event()
@@ -103,5 +103,5 @@ def test_a_gpu_is_read_without_waiting_for_it_and_every_peak_is_of_its_own_time(
     assert calm.device_used_bytes is not None
     assert calm.device_used_bytes >= calm.reserved_bytes
     assert calm.process_bytes is None or calm.process_bytes >= calm.reserved_bytes
-    assert calm.alloc_retries == 0
+    assert calm.alloc_retries == before.alloc_retries
     assert card_total_bytes() == torch.cuda.get_device_properties(0).total_memory
