@@ -68,7 +68,7 @@ def test_any_allocation_of_an_evaluation_may_fail(kind: str, tmp_path: Path) -> 
     tf.set_seed(1)
     expected = numbers(build().evaluate())
     count = allocations(build, expected)
-    sample = range(1, count + 1, max(1, count // 12))
+    sample = range(1, count + 1, max(1, count // 6))
     assert not faults_that_show(build, sample, expected)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PHASES = {"setup", "fetch", "forward", "backward", "clip", "optimizer", "bookkeeping"}
 PARTS = 16  # of the exhaustive tests, so that all cores take part
-SAMPLE = 25  # allocations of the default run, spread over the step, besides one of each phase
+SAMPLE = 13  # allocations of the default run, spread over the step, besides one of each phase
 
 LORA = LoraConfig(
     r=4,

@@ -49,6 +49,7 @@ def test_json_has_plan_estimate_measured_and_runners_up(model: str) -> None:
     assert values["estimate"]["settings"]["quantization"] == "nf4"
 
 
+@pytest.mark.slow
 def test_without_a_card_every_size_has_its_line(of_all_sizes: Found) -> None:
     assert list(of_all_sizes) == [f"{size}GiB" for size in (8, 12, 16, 24, 40, 48, 80)]
     lines = [line for line in printed(of_all_sizes).splitlines() if "GiB" in line]

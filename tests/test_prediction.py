@@ -73,6 +73,7 @@ def test_a_measured_peak_is_met(model: str) -> None:
     assert found.peak_reserved_bytes == pytest.approx(row["peak_reserved_bytes"], rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_further_point_is_what_a_trace_of_its_own_gives(quantization: str) -> None:
     settings = Settings(quantization=quantization)

@@ -14,6 +14,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 NOT_RUN = {"docs/gpu.md"}  # needs a GPU
+LONG = {"docs/finding.md 1"}
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in sorted(PAGES)}
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MAKE = re.compile(r"^ {4}make ([a-z-]+)|`make ([a-z-]+)`", re.MULTILINE)
@@ -27,7 +28,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, marks=[pytest.mark.slow] if b in LONG else []) for b in BLOCKS]
+)
 def test_a_python_block_runs_with_a_trainer_at_hand(block: str, tmp_path: Path) -> None:
     trainer: Any = tiny.sft_trainer(tmp_path, max_steps=2)
     text = BLOCKS[block] if FUSED_HEAD else BLOCKS[block].replace("40MiB", "4MiB")
