@@ -73,6 +73,23 @@ def test_a_measured_peak_is_met(model: str) -> None:
     assert found.peak_reserved_bytes == pytest.approx(row["peak_reserved_bytes"], rel=0.06)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_measured_peak_of_int8_is_met(checkpointing: bool) -> None:
+    assert_met({"quantization": "int8"}, gradient_checkpointing=checkpointing)
+
+
+def assert_met(settings: dict[str, Any], **plan: Any) -> None:
+    row = next(
+        row
+        for row in rows_of(DATA / "h100-settings.json")
+        if row["settings"] == settings and plan.items() <= row["plan"].items()
+    )
+    found = estimated(row)
+    assert (found.method, found.notes) == ("traced", ())
+    assert found.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=0.01)
+    assert found.peak_reserved_bytes == pytest.approx(row["peak_reserved_bytes"], rel=0.03)
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_further_point_is_what_a_trace_of_its_own_gives(quantization: str) -> None:
     settings = Settings(quantization=quantization)

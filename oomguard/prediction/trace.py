@@ -318,6 +318,9 @@ class _Run:
         recorder.in_head = recorder.in_backward = True
         loss.backward()
         recorder.in_head = recorder.in_backward = False
+        # What nodes hold outside of saved tensors, as bitsandbytes' do, goes with the whole graph.
+        recorder.layer = None
+        del loss
 
     def _inputs(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """A batch as TRL's collators name it."""
