@@ -78,6 +78,10 @@ def test_a_measured_peak_of_int8_is_met(checkpointing: bool) -> None:
     assert_met({"quantization": "int8"}, gradient_checkpointing=checkpointing)
 
 
+def test_a_measured_peak_of_dora_with_checkpointing_is_met() -> None:
+    assert_met({"quantization": "nf4", "use_dora": True})
+
+
 def assert_met(settings: dict[str, Any], **plan: Any) -> None:
     row = next(
         row
@@ -191,6 +195,7 @@ def test_an_estimate_leaves_the_process_as_it_was() -> None:
         lambda: vars(bitsandbytes)["matmul"],
         lambda: bitsandbytes.optim.optimizer.GlobalOptimManager._instance,
         lambda: torch.is_autocast_enabled("cpu"),
+        lambda: torch.utils.checkpoint.DefaultDeviceType.get_device_type(),
         lambda: torch.get_rng_state().tolist(),
     )
     before = [read() for read in watched]

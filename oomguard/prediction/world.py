@@ -59,6 +59,10 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
         put(checkpoint, get_device_states=lambda *_: ([], []))
         put(checkpoint, set_device_states=lambda *_, **__: None)
         if not card.is_host:
+            # Whose autocast a checkpoint brings back; without one, DoRA's passes differ in types.
+            device = checkpoint.DefaultDeviceType
+            stack.callback(device.set_device_type, device.get_device_type())
+            device.set_device_type("cuda")
             attention = scaled_dot_product_attention(card)
             put(nn.functional, scaled_dot_product_attention=attention, dropout=_dropout)
             put(torch, dropout=_dropout, autocast=Autocast)
