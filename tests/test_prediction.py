@@ -82,6 +82,10 @@ def test_a_measured_peak_of_dora_with_checkpointing_is_met() -> None:
     assert_met({"quantization": "nf4", "use_dora": True})
 
 
+def test_a_measured_peak_with_offloaded_checkpoints_is_met() -> None:
+    assert_met({}, offload_activations=True)
+
+
 def assert_met(settings: dict[str, Any], **plan: Any) -> None:
     row = next(
         row
