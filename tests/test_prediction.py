@@ -21,12 +21,14 @@ from transformers import (
     default_data_collator,
 )
 
-from benchmarks.prediction import CARD, DATA, estimated, rows_of
+from benchmarks.prediction import CARD, DATA, config_of, estimated, rows_of
 from oomguard import ConfigurationError, Plan, estimate
 from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
 from oomguard.prediction.kernels import fused_4bit
+from oomguard.prediction.model import meta_model
 from oomguard.prediction.predictor import Predictor
+from oomguard.prediction.predictor import rows_of as rows_in
 from oomguard.prediction.settings import Settings
 from oomguard.testing import VirtualCard
 from tests import tiny
@@ -183,6 +185,18 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form_that_says_so(
     assert found.method == "closed form"
     assert "LlamaForCausalLM could not be traced (RuntimeError: no such kernel)" in found.notes[0]
     assert found.peak_reserved_bytes > found.breakdown["weights"] * closed_form.RESERVED
+
+
+def test_the_closed_form_underestimates_no_measured_peak() -> None:
+    rows = [row for path in DATA.glob("*.json") for row in rows_of(path)]
+    for row in (row for row in rows if "peak_allocated_bytes" in row):
+        plan, settings = Plan.from_dict(row["plan"]), Settings(**row["settings"])
+        config = config_of(row["config"])
+        found = closed_form.peak(
+            config, meta_model(config, settings), plan, settings, rows_in(plan)
+        )
+        assert sum(found.values()) > row["peak_allocated_bytes"], row
+        assert sum(found.values()) * closed_form.RESERVED > row["peak_reserved_bytes"], row
 
 
 def _broken(*_: Any, **__: Any) -> None:
