@@ -124,7 +124,7 @@ class Fitted:
             )
         return (
             fused,
-            settings.trainer == "sft" and rows * (length - 1) > _HEAD_TOKENS,
+            -(-rows * (length - 1) // _HEAD_TOKENS) if settings.trainer == "sft" else 0,
             self._window is not None and length > self._window,
             self._masked and length % _MASK_ALIGNMENT == 0,
         )
@@ -135,9 +135,12 @@ class Fitted:
         key = self._way(rows, length)
         steps = [one * _MASK_ALIGNMENT for one in (1, 3, -1, -3)]
         more = [(rows + one, length) for one in (1, 2, -1)]
+        # As many tokens in more rows: as many tiles of the head.
+        shorter = length * rows // (rows + 1)
+        more.append((rows + 1, shorter - (shorter - length) % _MASK_ALIGNMENT))
         longer = [(rows, length + one) for one in steps]
         found = [
-            next((s for s in shapes if min(s) > 1 and self._way(*s) == key), None)
+            next((s for s in shapes if s[1] > 1 and self._way(*s) == key), None)
             for shapes in ([s for s in more if s[0] > 0] if rows > 1 else more, longer)
         ]
         return tuple(one for one in found if one is not None)

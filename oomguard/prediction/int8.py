@@ -12,11 +12,12 @@ Quantized = tuple[Tensor, Tensor, Tensor | None]
 
 def vectorwise_quant(a: Tensor, threshold: float = 0.0) -> Quantized:
     """Rows of int8 with a scale each; columns with outliers are looked for, and none is found."""
+    scales = a.new_empty(a.numel() // a.shape[-1], dtype=torch.float32)
+    codes = a.new_empty(a.shape, dtype=torch.int8)
     if threshold > 0.0:
         found = a.abs() >= threshold
         del found
-    codes = a.new_empty(a.shape, dtype=torch.int8)
-    return codes, a.new_empty(a.numel() // a.shape[-1], dtype=torch.float32), None
+    return codes, scales, None
 
 
 def mixed_scaled_mm(
@@ -32,8 +33,9 @@ def mixed_scaled_mm(
     shape = (*codes.shape[:-1], weight.shape[0])
     product = codes.new_empty(shape, dtype=torch.int32)
     half = product.new_empty(shape, dtype=torch.float16)
-    del product
-    return half.to(a.dtype), None
+    out = half.to(a.dtype)
+    del product, half
+    return out, None
 
 
 def matmul(

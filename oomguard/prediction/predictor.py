@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel
+
 from oomguard.errors import ConfigurationError
 from oomguard.memory.allocator import Replay, Timeline, replay
 from oomguard.memory.cards import Card
@@ -184,9 +186,9 @@ def _key(plan: Plan, card: Card) -> Any:
 
 
 def _left_out(plan: Plan) -> tuple[str, ...]:
-    if not plan.offload_activations:
+    if not plan.offload_activations or hasattr(PreTrainedModel, "activation_checkpointing_enable"):
         return ()
-    return ("offload_activations is counted as if the checkpoints stayed on the card",)
+    return ("this transformers cannot offload: the checkpoints are counted on the card",)
 
 
 def _assumed(card: Card) -> tuple[str, ...]:

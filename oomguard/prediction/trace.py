@@ -278,7 +278,9 @@ class _Run:
         every = self._settings.checkpoint_every_n_layers
         values: dict[str, Any] = {"use_reentrant": self._settings.use_reentrant}
         if hasattr(base, "activation_checkpointing_enable"):
-            more = {"every_n_layers": every} if every > 1 else {}
+            more: dict[str, Any] = {"every_n_layers": every} if every > 1 else {}
+            if self._plan.offload_activations:
+                more["offload"] = True
             base.activation_checkpointing_enable(activation_checkpointing_kwargs=values, **more)
         else:
             base.gradient_checkpointing_enable(values)
@@ -318,6 +320,9 @@ class _Run:
         recorder.in_head = recorder.in_backward = True
         loss.backward()
         recorder.in_head = recorder.in_backward = False
+        # What nodes hold outside of saved tensors, as bitsandbytes' do, goes with the whole graph.
+        recorder.layer = None
+        del loss
 
     def _inputs(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """A batch as TRL's collators name it."""

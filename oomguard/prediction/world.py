@@ -45,7 +45,7 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
     those of the host can, everywhere. What would choose by device is answered for the card.
     """
     import torch.utils.checkpoint as checkpoint
-    from transformers import masking_utils
+    from transformers import masking_utils, modeling_utils
 
     with ExitStack() as stack:
 
@@ -59,6 +59,11 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
         put(checkpoint, get_device_states=lambda *_: ([], []))
         put(checkpoint, set_device_states=lambda *_, **__: None)
         if not card.is_host:
+            # Whose autocast a checkpoint brings back; without one, DoRA's passes differ in types.
+            device = checkpoint.DefaultDeviceType
+            stack.callback(device.set_device_type, device.get_device_type())
+            device.set_device_type("cuda")
+            put(modeling_utils, save_on_cpu=_OnHost)
             attention = scaled_dot_product_attention(card)
             put(nn.functional, scaled_dot_product_attention=attention, dropout=_dropout)
             put(torch, dropout=_dropout, autocast=Autocast)
@@ -103,6 +108,16 @@ class Autocast:
         torch.set_autocast_enabled(self._device, enabled)
         torch.set_autocast_dtype(self._device, dtype)
         torch.set_autocast_cache_enabled(cache)
+
+
+class _OnHost(torch.autograd.graph.saved_tensors_hooks):
+    """`save_on_cpu`: what is saved leaves the card, and a copy comes back."""
+
+    def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
+        super().__init__(
+            lambda tensor: (tensor.shape, tensor.dtype),
+            lambda packed: torch.empty(packed[0], dtype=packed[1]),
+        )
 
 
 def _dropout(

@@ -1,0 +1,39 @@
+"""Estimates of int8, DoRA and offloading against peaks measured on an H100."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from benchmarks.prediction import DATA, estimated, rows_of
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_measured_peak_of_int8_is_met(checkpointing: bool) -> None:
+    assert_met({"quantization": "int8"}, gradient_checkpointing=checkpointing)
+
+
+def test_a_measured_peak_of_dora_with_checkpointing_is_met() -> None:
+    assert_met({"quantization": "nf4", "use_dora": True})
+
+
+@pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "activation_checkpointing_enable"),
+    reason="this transformers cannot offload",
+)
+def test_a_measured_peak_with_offloaded_checkpoints_is_met() -> None:
+    assert_met({}, offload_activations=True)
+
+
+def assert_met(settings: dict[str, Any], **plan: Any) -> None:
+    row = next(
+        row
+        for row in rows_of(DATA / "h100-settings.json")
+        if row["settings"] == settings and plan.items() <= row["plan"].items()
+    )
+    found = estimated(row)
+    assert (found.method, found.notes) == ("traced", ())
+    assert found.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=0.01)
+    assert found.peak_reserved_bytes == pytest.approx(row["peak_reserved_bytes"], rel=0.03)
