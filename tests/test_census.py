@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from oomguard.watch.census import Census
@@ -42,6 +43,16 @@ def test_a_census_of_steps_that_leave_nothing_is_empty() -> None:
 
     def step(_: int) -> None:
         last.all = [layer(torch.ones(8, 64))]
+
+    assert holdings(step) == []
+
+
+def test_a_fake_tensor_is_nothing_that_is_kept() -> None:
+    keeper, mode = Keeper(), FakeTensorMode()
+
+    def step(_: int) -> None:
+        with mode:
+            keeper.all.append(torch.ones(1024, 1024))
 
     assert holdings(step) == []
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from weakref import ref
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from oomguard.watch.chain import find_chains
 from oomguard.watch.graph import reachable, saved_by, storage_of
@@ -178,7 +179,8 @@ def live_tensors(device_type: str) -> Iterator[torch.Tensor]:
 
 def is_tensor_on(found: object, device_type: str) -> bool:
     """Whether an object is a tensor on devices of a type; asks nothing of other objects."""
-    if torch.Tensor not in type(found).__mro__:
+    kinds = type(found).__mro__
+    if torch.Tensor not in kinds or FakeTensor in kinds:  # a fake one has no memory
         return False
     return cast("torch.Tensor", found).device.type == device_type
 
