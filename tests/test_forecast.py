@@ -73,6 +73,7 @@ def test_a_rung_that_cannot_suffice_is_passed_over(tmp_path: Path, caplog: Any) 
     assert report.estimate["peak_allocated_bytes"] > CAPACITY
 
 
+@pytest.mark.slow
 def test_a_pass_is_split_at_once_as_far_as_it_must_be(tmp_path: Path) -> None:
     (recovery,) = train(wide(tmp_path), int(0.65 * CAPACITY)).recoveries
     assert [(one.rung, one.plan.micro_batch_size) for one in recovery.passed_over] == [
@@ -82,6 +83,7 @@ def test_a_pass_is_split_at_once_as_far_as_it_must_be(tmp_path: Path) -> None:
     assert recovery.after.effective_batch_size == recovery.before.effective_batch_size
 
 
+@pytest.mark.slow
 def test_a_rung_that_may_suffice_is_taken(tmp_path: Path) -> None:
     ladder = Ladder(CheckpointActivations(), SplitBatch())
     (recovery,) = train(wide(tmp_path), int(1.15 * CAPACITY), ladder).recoveries

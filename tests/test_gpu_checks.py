@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # In RLOO the logits of a tiny model, made in sampling already, outweigh all that a rung saves.
-OTHERS = sorted(set(trainers.SECTIONS) - {"kto", "evaluation", "rloo"})
+OTHERS = sorted(set(trainers.SECTIONS) - {"kto", "rloo"})
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_what_must_not_be_is_a_failure(found: Trial, limit_bytes: int, failure: 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
 @pytest.mark.parametrize(
     "section",
-    ["kto", "evaluation", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+    ["kto", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
 )
 def test_other_trainers_end_like_their_twins_with_tiny_models(section: str, tmp_path: Path) -> None:
     if not takes(SFTConfig, "activation_checkpointing"):

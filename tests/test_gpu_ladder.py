@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 
-pytestmark = models.needs(SFTConfig, "train_sampling_strategy")
+pytestmark = [pytest.mark.slow, models.needs(SFTConfig, "train_sampling_strategy")]
 
 
 @pytest.fixture(scope="module")

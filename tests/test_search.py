@@ -154,6 +154,7 @@ def test_a_freed_setting_that_the_trainer_cannot_change_stays(tmp_path: Path) ->
     assert result.measured is not None
 
 
+@pytest.mark.slow
 def test_the_fastest_plan_is_measured(tmp_path: Path) -> None:
     trainer = small(tmp_path)
     result = found_on(ALL_ROWS, trainer, maximize="throughput", free=("gradient_checkpointing",))
@@ -191,6 +192,7 @@ def test_fit_searches_and_then_trains_as_if_the_rows_had_been_set_by_hand(tmp_pa
     assert tiny.largest_difference(tiny.weights(trainer), tiny.weights(by_hand)) == 0
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_fit_leaves_it_to_the_ladder(tmp_path: Path) -> None:
     trainer = small(tmp_path, max_steps=1)
     ladder = oomguard.Ladder(oomguard.SplitBatch(), oomguard.HalveSequence(floor=8))
