@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # test files run side by side, one a core
@@ -9,4 +10,11 @@ torch.set_num_threads(1)  # test files run side by side, one a core
 
 def pytest_collection_finish() -> None:
     # Every recovery collects garbage; what was imported need not be looked through each time.
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def look_through_little() -> None:
+    """The same for what the test modules before have imported and keep."""
+    gc.collect()
     gc.freeze()
