@@ -58,12 +58,14 @@ def test_without_a_card_every_size_has_its_line(of_all_sizes: Found) -> None:
     assert "full" in lines[-1]
 
 
+@pytest.mark.slow
 def test_one_card_gives_the_plan_and_its_code(of_all_sizes: Found) -> None:
     text = printed({"80GiB": of_all_sizes["80GiB"]})
     for part in ("80.00 GiB card", "found", "SFTConfig("):
         assert part in text
 
 
+@pytest.mark.slow
 def test_json_of_all_cards_begins_with_the_smallest_that_has_a_plan(of_all_sizes: Found) -> None:
     values = json.loads(json.dumps(as_json(of_all_sizes)))
     every = values["cards"]
