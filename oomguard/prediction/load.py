@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
+
+try:
+    from transformers.quantizers.base import get_keys_to_not_convert
+except ImportError:  # transformers 4
+    from transformers.integrations.bitsandbytes import (  # type: ignore[attr-defined,no-redef]
+        get_keys_to_not_convert,
+    )
 
 from oomguard.errors import ConfigurationError
 

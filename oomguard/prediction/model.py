@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import (  # type: ignore[attr-defined,no-redef]
+        no_init_weights,
+    )
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
