@@ -9,12 +9,15 @@ import sys
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import oomguard
 from oomguard import cli_options as options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 app = typer.Typer(
     name="oomguard",
@@ -58,6 +61,16 @@ def _check_script(script: str, *, module: bool) -> None:
     if not module and not Path(script).exists():
         msg = f"there is no {script}; name a script, or use -m for a module"
         raise typer.BadParameter(msg)
+
+
+def _show(shown: Any, as_json: Callable[[], Any], *, json_: bool) -> None:
+    """What a command found: its JSON if asked for, else as `rich` prints it."""
+    if json_:
+        sys.stdout.write(json.dumps(as_json(), indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        Console().print(shown)
 
 
 # Everything after the script is the script's, also what looks like an option of ours.
@@ -155,12 +168,7 @@ def estimate(
         from oomguard.prediction import command
 
         found = command.run(model, card, settings)
-    if json_:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console().print(found)
+    _show(found, found.to_dict, json_=json_)
 
 
 @app.command(
@@ -188,12 +196,7 @@ def diagnose(
     if found is None:
         sys.stderr.write(f"oomguard: {script} ended without a call of Trainer.train()\n")
         raise typer.Exit(1)
-    if json_:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console().print(found)
+    _show(found, found.to_dict, json_=json_)
 
 
 @app.command()
@@ -202,12 +205,7 @@ def doctor(json_: Json = False) -> None:
     from oomguard.doctor import examine
 
     findings = examine()
-    if json_:
-        sys.stdout.write(json.dumps(findings.to_dict(), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console().print(findings)
+    _show(findings, findings.to_dict, json_=json_)
     raise typer.Exit(0 if findings.healthy else 1)
 
 
