@@ -38,6 +38,7 @@ import oomguard
 from oomguard.hooks import GuardedTrainer
 from oomguard.levers.merged_metrics import _MASKED_ENTROPY
 from oomguard.levers.tokens import counted_in_the_loop
+from oomguard.watch.readings import Reading
 from tests import tiny
 from tests.upstream import source
 
@@ -123,6 +124,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_entropy_bonus_enabled": lambda: (
         OLDER_TRL or ("self._entropy_bonus_enabled =" in inspect.getsource(GRPOTrainer.__init__))
     ),
+    "_fields": lambda: Reading._fields[:2] == ("step", "time_s"),
     "_get_collator_with_removed_columns": lambda: (
         parameters(Trainer._get_collator_with_removed_columns) == ["data_collator", "description"]
     ),

@@ -256,7 +256,7 @@ def test_a_prediction_is_compared_with_the_steps_made_under_its_plan(tmp_path: P
 def test_a_reading_merged_of_steps_under_two_plans_is_left_out(tmp_path: Path) -> None:
     # Each reading is of two steps. That of step 14 is of step 13 too, which ran out of memory.
     rows = [
-        replace(row, step=2 * row.step, peak_allocated_bytes=(9 if row.step == 7 else 6) * GIB)
+        row._replace(step=2 * row.step, peak_allocated_bytes=(9 if row.step == 7 else 6) * GIB)
         for row in readings()
     ]
     late = [replace(row, event=replace(row.event, step=13)) for row in report_of().recoveries]

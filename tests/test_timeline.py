@@ -74,7 +74,7 @@ def test_growth_since_a_step_after_the_last_reading_is_not_drawn(run: Run) -> No
 def test_a_peak_known_only_where_it_rose_is_the_highest_so_far(run: Run) -> None:
     known = {1: 5 * GIB, 4: 6 * GIB}
     rows = tuple(
-        replace(row, peak_allocated_bytes=known.get(row.step), peak_reserved_bytes=None)
+        row._replace(peak_allocated_bytes=known.get(row.step), peak_reserved_bytes=None)
         for row in readings(5)
     )
     found = traces(replace(run, readings=rows))
@@ -90,7 +90,7 @@ def test_without_a_device_the_memory_of_the_host_is_drawn(tmp_path: Path) -> Non
 
 
 def test_what_few_ask_for_is_hidden_at_first(run: Run) -> None:
-    rows = tuple(replace(row, device_used_bytes=12 * GIB) for row in run.readings)
+    rows = tuple(row._replace(device_used_bytes=12 * GIB) for row in run.readings)
     found = traces(replace(run, readings=rows))
     assert found["used on the card by all"]["visible"] is False
     assert found["allocated, peak"]["visible"] is True

@@ -8,7 +8,7 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pynvml
 import torch
@@ -111,11 +111,11 @@ def allocated_and_reserved_bytes() -> tuple[int | None, int | None]:
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
-@dataclass(frozen=True, slots=True)
-class AllocatorStats:
-    """What PyTorch's allocator says of the current device, named as in `torch.cuda.memory_stats`.
+class AllocatorStats(NamedTuple):
+    """What PyTorch's allocator says of a device, named as in `torch.cuda.memory_stats`.
 
-    Sizes are bytes. Peaks are those since `reset_peaks`, or since the process began.
+    Sizes are bytes. Peaks are those since `reset_peaks`, or since the process began. A tuple, which
+    is quicker to make at every step than a dataclass.
     """
 
     allocated_bytes: int
@@ -127,13 +127,21 @@ class AllocatorStats:
     alloc_retries: int
 
 
-def allocator_stats() -> AllocatorStats | None:
+def current_index() -> int | None:
+    """The number of the current device; `None` without CUDA."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def allocator_stats(index: int | None = None) -> AllocatorStats | None:
     """The allocator's own counters, without waiting for the device; `None` without CUDA.
 
     The nested form takes 15 µs (H100); `torch.cuda.memory_allocated` flattens and sorts it first,
     and takes 107 µs.
+
+    Args:
+        index: Of the device, the current one by default, which takes longer to find out.
     """
-    stats: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict()
+    stats: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(index)
     if not stats:
         return None
     allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
@@ -148,22 +156,22 @@ def allocator_stats() -> AllocatorStats | None:
     )
 
 
-def reset_peaks() -> None:
+def reset_peaks(index: int | None = None) -> None:
     """Let the peaks of `allocator_stats` begin anew, and `torch.cuda.max_memory_allocated` too."""
     if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(index)
 
 
-def used_bytes() -> int | None:
-    """What all processes use of the current device, by the driver; `None` without CUDA."""
+def used_bytes(index: int | None = None) -> int | None:
+    """What all processes use of a device, by default the current; `None` without CUDA."""
     if not torch.cuda.is_initialized():
         return None
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(index)
     return total - free
 
 
-def process_bytes() -> int | None:
-    """What this process uses of the current device, by the driver; `None` where it does not say.
+def process_bytes(index: int | None = None) -> int | None:
+    """What this process uses of a device, by default the current; `None` where the driver is mute.
 
     In a container the driver may know the process by another number.
 
@@ -172,12 +180,13 @@ def process_bytes() -> int | None:
     """
     if not torch.cuda.is_initialized():
         return None
-    handle = _nvml_handle(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    at = torch.cuda.current_device() if index is None else index
+    handle = _nvml_handle(str(torch.cuda.get_device_properties(at).uuid))
     for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
         if process.pid == os.getpid():
             used: int | None = process.usedGpuMemory
             # A process of that number elsewhere may be smaller than what this one holds for sure.
-            return used if used and used >= torch.cuda.memory_reserved() else None
+            return used if used and used >= torch.cuda.memory_reserved(at) else None
     return None
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from oomguard.memory import device, host, simulated
 from oomguard.watch.quiet import Quiet
@@ -16,13 +15,12 @@ _DRIVER_EVERY_S = 1.0
 _HOST_EVERY_S = 0.1  # on a GPU, whose steps should not wait for the host's kernel
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """Memory after one optimizer step, one evaluation or one save; `None` where it is not known.
 
     On a GPU, sizes are those of PyTorch's allocator, named as in `torch.cuda.memory_stats`. Under
     a `VirtualCard` the allocated bytes and their peak are the card's. Else only the host's memory
-    is known.
+    is known. A tuple, which is quicker to make at every step than a dataclass.
 
     Attributes:
         step: Optimizer steps made so far.
@@ -61,7 +59,7 @@ Peaks = Literal["step", "risen", "none"]
 
 
 class Meter:
-    """Takes readings of the device that PyTorch uses at the moment, without waiting for it.
+    """Takes readings of one device without waiting for it: the one that is current at the first.
 
     Args:
         peaks: Which peaks readings have. `"step"`: each its own; the allocator's peak counters are
@@ -75,8 +73,10 @@ class Meter:
     def __init__(self, *, peaks: Peaks = "none", began_s: float = 0.0) -> None:
         self._peaks = peaks
         self._began = time.perf_counter() - began_s
+        self._index: int | None = None
         self._highest: tuple[int, int] = (0, 0)
-        self._driver: dict[str, int | None] = {}
+        self._process: int | None = None
+        self._device_used: int | None = None
         self._driver_due_s = 0.0
         self._host: int | None = None
         self._host_due_s = 0.0
@@ -92,65 +92,66 @@ class Meter:
             batch_tokens: As in `Reading`.
         """
         time_s = time.perf_counter() - self._began
-        readings = self._of_card() or self._of_device(time_s)
+        card = simulated.current()
+        if card is not None:
+            return Reading(
+                step,
+                time_s,
+                phase,
+                allocated_bytes=card.allocated_bytes,
+                peak_allocated_bytes=None if self._peaks == "none" else card.take_peak(),
+                batch_tokens=batch_tokens,
+                host_rss_bytes=host.rss_bytes(),
+            )
+        if self._index is None:
+            self._index = device.current_index()
+        stats = device.allocator_stats(self._index)
+        if stats is None:
+            rss = host.rss_bytes()
+            return Reading(step, time_s, phase, batch_tokens=batch_tokens, host_rss_bytes=rss)
+        peak_allocated, peak_reserved = self._peaks_of(stats)
+        if time_s >= self._host_due_s:
+            self._read_slow(time_s)
         return Reading(
-            step=step,
-            time_s=time_s,
-            phase=phase,
-            batch_tokens=batch_tokens,
-            host_rss_bytes=self._of_host(time_s, on_gpu="reserved_bytes" in readings),
-            **readings,
+            step,
+            time_s,
+            phase,
+            stats.allocated_bytes,
+            stats.reserved_bytes,
+            peak_allocated,
+            peak_reserved,
+            stats.active_bytes,
+            stats.inactive_split_bytes,
+            stats.alloc_retries,
+            self._process,
+            self._device_used,
+            batch_tokens,
+            self._host,
         )
 
-    def _of_card(self) -> dict[str, int]:
-        card = simulated.current()
-        if card is None:
-            return {}
-        found = {"allocated_bytes": card.allocated_bytes}
-        if self._peaks != "none":
-            found["peak_allocated_bytes"] = card.take_peak()
-        return found
-
-    def _of_device(self, time_s: float) -> dict[str, int | None]:
-        stats = device.allocator_stats()
-        if stats is None:
-            return {}
-        peak_allocated, peak_reserved = self._peaks_of(stats)
-        return {
-            "allocated_bytes": stats.allocated_bytes,
-            "reserved_bytes": stats.reserved_bytes,
-            "peak_allocated_bytes": peak_allocated,
-            "peak_reserved_bytes": peak_reserved,
-            "active_bytes": stats.active_bytes,
-            "inactive_split_bytes": stats.inactive_split_bytes,
-            "alloc_retries": stats.alloc_retries,
-            **self._of_driver(time_s),
-        }
-
-    def _of_host(self, time_s: float, *, on_gpu: bool) -> int | None:
-        if not on_gpu or time_s >= self._host_due_s:
-            self._host_due_s = time_s + _HOST_EVERY_S
-            self._host = host.rss_bytes()
-        return self._host
-
-    def _of_driver(self, time_s: float) -> dict[str, int | None]:
-        if time_s >= self._driver_due_s:
-            self._driver_due_s = time_s + _DRIVER_EVERY_S
-            self._driver["device_used_bytes"] = device.used_bytes()
-            if self._nvml_answers:
-                self._nvml_answers = False
-                with self._quiet:
-                    self._driver["process_bytes"] = device.process_bytes()
-                    self._nvml_answers = True
-        return self._driver
+    def _read_slow(self, time_s: float) -> None:
+        """Ask the host's kernel, and from time to time the driver."""
+        self._host_due_s = time_s + _HOST_EVERY_S
+        self._host = host.rss_bytes()
+        if time_s < self._driver_due_s:
+            return
+        self._driver_due_s = time_s + _DRIVER_EVERY_S
+        self._device_used = device.used_bytes(self._index)
+        if self._nvml_answers:
+            self._nvml_answers = False
+            with self._quiet:
+                self._process = device.process_bytes(self._index)
+                self._nvml_answers = True
 
     def _peaks_of(self, stats: device.AllocatorStats) -> tuple[int | None, int | None]:
-        found = stats.peak_allocated_bytes, stats.peak_reserved_bytes
         if self._peaks == "none":
             return None, None
+        found = stats.peak_allocated_bytes, stats.peak_reserved_bytes
         if self._peaks == "step":
-            device.reset_peaks()
+            device.reset_peaks(self._index)
             return found
+        if found == self._highest:
+            return None, None
         before, self._highest = self._highest, found
         allocated, reserved = (
             now if now > then else None for now, then in zip(found, before, strict=True)

@@ -22,7 +22,7 @@ from oomguard.watch.readings import (
     card_total_bytes,
     device_name,
 )
-from oomguard.watch.series import FILE_NAME, Breakdown, Series, merged
+from oomguard.watch.series import FILE_NAME, Breakdown, Series, highest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from oomguard.plan import Plan
 
 _WRITE_EVERY_S = 30.0
+_SHOW_EVERY_S = 0.1  # a bar is not drawn more often
 
 
 class Guarded(Protocol):
@@ -95,24 +96,25 @@ class VRAMRecorder(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Account for the memory while there are gradients, the rarer the longer the run."""
-        if self._run is not None:
+        if self._run is not None and self._run.is_accounted():
             with self._accounts:
                 self._run.account(state.global_step + 1, kwargs["model"], kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read what one optimizer step took."""
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
-        redone = self._run.recoveries != (recoveries := self._recoveries())
-        self._run.recoveries = recoveries
+        redone = run.recoveries != (recoveries := self._recoveries())
+        run.recoveries = recoveries
         with self._reads:
-            tokens = self._run.tokens.take()
-            self._run.read(state.global_step, "train", None if redone else tokens)
+            tokens = run.tokens.take()
+            run.read(state.global_step, "train", None if redone else tokens)
         with self._shows:
-            self._run.show(self.guarded)
-        if self._run.is_due():
+            run.show(self.guarded)
+        if run.is_due():
             with self._writes:
-                self._run.write()
+                run.write()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read what an evaluation took."""
@@ -144,6 +146,13 @@ class VRAMRecorder(TrainerCallback):
         with self._writes:
             run.write()
 
+    def reading_of(self, step: int) -> Reading | None:
+        """What was read at the end of this training step, if it is the last that was read."""
+        latest = None if self._run is None else self._run.latest
+        if latest is None or latest.step != step or latest.phase != "train":
+            return None
+        return latest
+
     def _after(self, state: Any, phase: Phase) -> None:
         if self._run is not None:
             with self._reads:
@@ -168,10 +177,13 @@ class _Run:
         self.callbacks: Any = None
         self.recoveries = 0
         self.latest: Reading | None = None
-        self.since_logged: Reading | None = None
+        self._logged: Reading | None = None
+        self._peaks: tuple[int | None, int | None] = (None, None)
         self._steps = 0
         self._meter = Meter(peaks=peaks, began_s=series.time_s)
         self._written_s = series.time_s
+        self._show_due_s = 0.0
+        self._plan: Plan | None = None
 
     def skip_peaks(self, step: int) -> None:
         """Leave out what was needed before training, such as by loading the model."""
@@ -179,18 +191,31 @@ class _Run:
 
     def read(self, step: int, phase: Phase, batch_tokens: int | None = None) -> None:
         """Take a reading into the series."""
-        reading = self._meter.take(step, phase, batch_tokens)
+        self.latest = reading = self._meter.take(step, phase, batch_tokens)
         self.series.add(reading)
-        self.latest = reading
         if phase == "train":
-            before = self.since_logged
-            self.since_logged = reading if before is None else merged(before, reading)
+            self._logged = reading
+            allocated, reserved = self._peaks
+            self._peaks = (
+                highest(allocated, reading.peak_allocated_bytes),
+                highest(reserved, reading.peak_reserved_bytes),
+            )
+
+    def take_since_logged(self) -> Reading | None:
+        """The last step with the highest peaks since this was last asked; `None` without one."""
+        reading, (allocated, reserved) = self._logged, self._peaks
+        self._logged, self._peaks = None, (None, None)
+        if reading is None:
+            return None
+        return reading._replace(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+
+    def is_accounted(self) -> bool:
+        """Whether a breakdown is due: at the first, second, fourth, eighth, … call."""
+        self._steps += 1
+        return not self._steps & (self._steps - 1)
 
     def account(self, step: int, model: Any, optimizer: Any) -> None:
-        """Take a breakdown into the series at the first, second, fourth, eighth, … call."""
-        self._steps += 1
-        if self._steps & (self._steps - 1):
-            return
+        """Take a breakdown into the series."""
         found, allocated = account(model, optimizer), allocated_bytes()
         other = None if allocated is None else allocated - found.total_bytes
         self.series.add_breakdown(
@@ -205,9 +230,12 @@ class _Run:
 
     def show(self, guarded: Guarded | None) -> None:
         """Put the latest reading on the progress bar, which draws it when it moves next."""
+        plan = None if guarded is None else guarded.plan
+        if self.latest is None or (self.latest.time_s < self._show_due_s and plan is self._plan):
+            return
+        self._show_due_s, self._plan = self.latest.time_s + _SHOW_EVERY_S, plan
         bar = live.bar(self.callbacks)
-        if bar is not None and self.latest is not None:
-            plan = None if guarded is None else guarded.plan
+        if bar is not None:
             told = live.text(self.latest, self.series.card_total_bytes, plan)
             bar.set_postfix_str(told, refresh=False)
 

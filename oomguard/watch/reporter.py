@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from oomguard.watch.quiet import Quiet
@@ -46,12 +45,11 @@ class VRAMReporter(VRAMRecorder):
         **kwargs: Any,
     ) -> None:
         """Add to the log line of a training step."""
-        run = self._run
-        if run is None or run.since_logged is None or logs is None or "loss" not in logs:
+        if self._run is None or logs is None or "loss" not in logs:
             return
         with self._logs:
-            found = logged(run.since_logged)
-            run.since_logged = None
+            reading = self._run.take_since_logged()
+            found = {} if reading is None else logged(reading)
             logs.update(found)
             # Trainer.log has put a copy there before it calls the callbacks.
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -64,12 +62,12 @@ class VRAMReporter(VRAMRecorder):
 def logged(reading: Reading) -> dict[str, float]:
     """What is known of a reading, as entries of a log line: sizes in GiB."""
     found: dict[str, float] = {}
-    for field in fields(Reading):
-        value = getattr(reading, field.name)
-        if field.name in _NOT_LOGGED or value is None:
+    for name in Reading._fields:
+        value = getattr(reading, name)
+        if name in _NOT_LOGGED or value is None:
             continue
-        if field.name.endswith("_bytes"):
-            found[f"vram/{field.name.removesuffix('_bytes')}_gib"] = value / _GIB
+        if name.endswith("_bytes"):
+            found[f"vram/{name.removesuffix('_bytes')}_gib"] = value / _GIB
         else:
-            found[f"vram/{field.name}"] = value
+            found[f"vram/{name}"] = value
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import zip_longest
 from operator import attrgetter
@@ -100,9 +100,11 @@ class Series:
         import pyarrow as pa
         from pyarrow import parquet
 
-        readings, path = self.readings, Path(path)
-        columns = {field.name: [getattr(row, field.name) for row in readings] for field in _FIELDS}
-        table = pa.table(columns, schema=_layout(pa).with_metadata(self._metadata()))
+        path, columns = Path(path), zip(*self.readings, strict=True)
+        table = pa.table(
+            dict(zip_longest(Reading._fields, columns, fillvalue=())),
+            schema=_layout(pa).with_metadata(self._metadata()),
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -150,7 +152,6 @@ class Series:
         return series
 
 
-_FIELDS = fields(Reading)
 _TOLD = ("card_total_bytes", "device", "breakdowns")
 
 
@@ -158,7 +159,7 @@ def _layout(pa: Any) -> Any:
     def kind(name: str) -> Any:
         return pa.string() if name in _TEXT else pa.float64() if name in _FLOAT else pa.int64()
 
-    return pa.schema([pa.field(field.name, kind(field.name)) for field in _FIELDS])
+    return pa.schema([pa.field(name, kind(name)) for name in Reading._fields])
 
 
 class _Thinned:
@@ -185,14 +186,15 @@ class _Thinned:
 
 def merged(earlier: Reading, later: Reading) -> Reading:
     """One reading in the place of two: the later one, with the higher of their peaks."""
-    allocated = _highest(earlier.peak_allocated_bytes, later.peak_allocated_bytes)
-    reserved = _highest(earlier.peak_reserved_bytes, later.peak_reserved_bytes)
+    allocated = highest(earlier.peak_allocated_bytes, later.peak_allocated_bytes)
+    reserved = highest(earlier.peak_reserved_bytes, later.peak_reserved_bytes)
     if (allocated, reserved) == (later.peak_allocated_bytes, later.peak_reserved_bytes):
         return later
-    return replace(later, peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+    return later._replace(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
 
 
-def _highest(one: int | None, other: int | None) -> int | None:
+def highest(one: int | None, other: int | None) -> int | None:
+    """The higher of two readings, or the one that is known."""
     if one is None or other is None:
         return other if one is None else one
     return max(one, other)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BLOCKS = 16
 HINGES = 128  # points at which a rise may have begun
 RISING = 2  # the row of what is known of batches from which on rows never fall
+RISEN = 0.4  # of the least rise that matters, from the first quarter to the last
 # What is asked of a rise, set on made-up runs (benchmarks/creep.py).
 TREND_T = 5.0  # of the trend beside the batches
 LARGEST_JUMP = 0.4  # of the rise, between two blocks
@@ -58,9 +59,15 @@ class Growth:
 
 
 def rises(values: Floats, at_least: float) -> bool:
-    """Whether the last quarter lies above the first: cheap, and most spans end here."""
+    """Whether the last quarter lies above the first: cheap, and most spans end here.
+
+    Args:
+        values: As in `judge`, which finds nothing in values that do not rise.
+        at_least: The least rise that matters, bytes.
+    """
     quarter = len(values) // 4
-    return float(values[-quarter:].sum() - values[:quarter].sum()) >= at_least * quarter
+    higher = float(values[-quarter:].sum() - values[:quarter].sum())
+    return higher >= RISEN * at_least * quarter
 
 
 def without_batches(values: Floats, batches: Floats) -> tuple[Floats, float]:
@@ -112,8 +119,6 @@ def judge(values: Floats, batches: Floats, steps: int, at_least: float) -> Growt
         steps: How many steps the span covers.
         at_least: The least rise that matters, bytes.
     """
-    if not rises(values, 0.4 * at_least):
-        return None
     values, t = without_batches(values, batches)
     if t < TREND_T:
         return None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from oomguard.memory.size import format_bytes
 from oomguard.watch.findings import Finding, Kind
@@ -50,8 +49,7 @@ _ADVICE: dict[Kind, str] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Room:
+class Room(NamedTuple):
     """The card's memory: all of it, what PyTorch may take, and what no process uses."""
 
     total_bytes: int
@@ -166,6 +164,8 @@ class Symptoms:
         if reading.alloc_retries is None:
             return None
         self._retries.append(reading.alloc_retries)
+        if self._retries[0] == reading.alloc_retries:
+            return None
         counts = list(self._retries)
         rising = sum(later > earlier for earlier, later in pairwise(counts))
         if rising < _RETRIES:
@@ -181,9 +181,11 @@ class Symptoms:
         if step_s is None or reading.device_used_bytes is None:
             return None
         pace_s = step_s / (reading.batch_tokens or 1)
-        usual_s = median(self._times) if len(self._times) >= _SLOW_STEPS else None
         full = room.total_bytes - reading.device_used_bytes < _FULL * room.total_bytes
-        if usual_s is None or not full or pace_s < _SLOWER * usual_s:
+        # No median is needed while there is room, which is nearly always.
+        known = full and len(self._times) >= _SLOW_STEPS
+        usual_s = median(self._times) if known else None
+        if usual_s is None or pace_s < _SLOWER * usual_s:
             self._slow = 0
             self._times.append(pace_s)
             return None

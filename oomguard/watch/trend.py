@@ -9,7 +9,7 @@ import numpy as np
 from oomguard.watch.creep import Creep
 from oomguard.watch.doubt import LONG, Doubt
 from oomguard.watch.phases import Phases
-from oomguard.watch.spans import Growth, Pace, hinge, judge, pace, without_batches
+from oomguard.watch.spans import Growth, Pace, hinge, judge, pace, rises, without_batches
 from oomguard.watch.standing import LATE, SHORTEST_FOLLOWED, Standing, full_range
 from oomguard.watch.window import CHUNK, Readings
 
@@ -143,13 +143,15 @@ class CreepDetector:
 
     def _look(self) -> Creep | None:
         """Judge the spans that are due, shortest first."""
-        available = self._readings.available
+        available, least = self._readings.available, self._at_least()
         for span in SPANS:
             if available < span:
                 break
             if self._looks % max(span // (8 * CHUNK), 1):
                 continue
-            at_least = self._at_least() * (LONG_AT_LEAST if span >= LONG else 1)
+            at_least = least * (LONG_AT_LEAST if span >= LONG else 1)
+            if not rises(self._readings.values(span), at_least):
+                continue
             _, values, batches = self._readings.view(span)
             growth = judge(values, batches, span, at_least)
             if growth is not None and not self._doubt.holds_back(growth, self._step):

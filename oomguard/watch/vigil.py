@@ -38,6 +38,7 @@ _LEAST_BYTES = 16 * 2**20
 _LEAST_SHARE = 64  # of what there is, on small cards
 _ACCOUNT_EVERY = 64  # steps; sooner when the optimizer has a state for another parameter
 _HOST_EVERY_S = 5.0
+_CARD_EVERY_S = 1.0
 
 
 @final
@@ -62,6 +63,7 @@ class Vigil:
         self._accounted: tuple[int, int] | None = None  # states and step of the last account
         self._step_began: float | None = None
         self._host_room: tuple[float, int] = (0.0, 0)
+        self._card: tuple[float, int, int] | None = None
         on_gpu = simulated.current() is None and device.current_name() is not None
         self._device_type = "cuda" if on_gpu else "cpu"
         self._records = record_history and on_gpu
@@ -99,10 +101,11 @@ class Vigil:
         if torch.autograd.profiler._is_profiler_enabled:
             events = {PROFILER}
         event = "+".join(sorted(events)) or None
-        reading = self._meter.take(step, batch_tokens=self._tokens.take())
-        yield from self._look_at_tensors(reading, model, optimizer, event)
-        if reading.device_used_bytes is not None:
-            yield from self._symptoms.look(reading, _room(reading), step_s, event)
+        reading = self._read(step)
+        room = self._room(reading)
+        yield from self._look_at_tensors(reading, room, model, optimizer, event)
+        if room is not None:
+            yield from self._symptoms.look(reading, room, step_s, event)
         if self._inquiry is not None:
             over = True
             with self._asks:
@@ -123,15 +126,21 @@ class Vigil:
         if self._records:
             device.record_allocations(enabled=False)
 
+    def _read(self, step: int) -> Reading:
+        """What the recorder has read at the end of this step; where it has not, a reading."""
+        tokens = self._tokens.take()
+        reading = None if self._recorder is None else self._recorder.reading_of(step)
+        return self._meter.take(step, batch_tokens=tokens) if reading is None else reading
+
     def _look_at_tensors(
-        self, reading: Reading, model: Any, optimizer: Any, event: str | None
+        self, reading: Reading, room: Room | None, model: Any, optimizer: Any, event: str | None
     ) -> Iterator[Finding]:
         creep = self._detector.update(
             reading.allocated_bytes or reading.host_rss_bytes or 0,
             accounted_bytes=self._account(reading.step, model, optimizer),
             batch_tokens=reading.batch_tokens,
             event=event,
-            headroom_bytes=self._headroom(reading),
+            headroom_bytes=self._headroom(reading, room),
         )
         if creep is None:
             return
@@ -172,20 +181,30 @@ class Vigil:
         self._accounted = states, step
         return account(model, optimizer).total_bytes
 
-    def _headroom(self, reading: Reading) -> int | None:
+    def _headroom(self, reading: Reading, room: Room | None) -> int | None:
         """What is free at a step's peak."""
+        if room is not None:
+            # Other callbacks may reset the peak counters; what is reserved held the peak too.
+            return room.usable_bytes - (reading.reserved_bytes or 0)
         card = simulated.current()
         if card is not None:
             total = card.capacity_bytes
             return None if total is None else total - card.peak_bytes
-        total = card_total_bytes()
-        if total is not None and reading.reserved_bytes is not None:
-            # Other callbacks may reset the peak counters; what is reserved held the peak too.
-            return total - reading.reserved_bytes
         read_s, free = self._host_room
         if reading.time_s >= read_s + _HOST_EVERY_S or not free:
             self._host_room = reading.time_s, host.free_bytes()
         return self._host_room[1]
+
+    def _room(self, reading: Reading) -> Room | None:
+        """What there is of the device that was read; `None` where none was."""
+        used = reading.device_used_bytes
+        if used is None:
+            return None
+        if self._card is None or reading.time_s >= self._card[0]:
+            total = device.total_bytes() or 0
+            self._card = reading.time_s + _CARD_EVERY_S, total, device.usable_bytes() or total
+        _, total, usable = self._card
+        return Room(total, usable, total - used)
 
     def _count_recoveries(self) -> int:
         guarded = None if self._recorder is None else self._recorder.guarded
@@ -213,12 +232,3 @@ def _recorder() -> VRAMRecorder | None:
     handler = live.handler()
     callbacks = () if handler is None else handler.callbacks
     return next((found for found in callbacks if isinstance(found, VRAMRecorder)), None)
-
-
-def _room(reading: Reading) -> Room:
-    total = device.total_bytes() or 0
-    return Room(
-        total_bytes=total,
-        usable_bytes=card_total_bytes() or total,
-        free_bytes=total - (reading.device_used_bytes or 0),
-    )

@@ -91,9 +91,10 @@ class Readings:
             self._rooms.append(self._tightest)
             self._tightest = None
         self.recent.extend(chunk)
-        means = chunk.sum(1) / CHUNK
-        squared = float(chunk[2] @ chunk[2]) / CHUNK
-        self.means.extend(np.insert(means, 2, squared).reshape(6, 1))
+        means, column = chunk.sum(1) / CHUNK, np.empty((6, 1))
+        column[:2, 0], column[3:, 0] = means[:2], means[2:]
+        column[2, 0] = float(chunk[2] @ chunk[2]) / CHUNK
+        self.means.extend(column)
         return True
 
     @property
@@ -109,6 +110,13 @@ class Readings:
     def available(self) -> int:
         """How many readings a view may show."""
         return min(self._count, KEPT_MEANS * CHUNK)
+
+    def values(self, count: int) -> Floats:
+        """The values of `view` alone, which are quicker to have."""
+        recent = count <= RECENT_STEPS
+        table = self.recent.last(count) if recent else self.means.last(count // CHUNK)
+        values: Floats = table[1]
+        return values
 
     def view(self, count: int, *, means: bool = False) -> tuple[Floats, Floats, Floats]:
         """The last readings: their steps, values, and what is known of the batches.
