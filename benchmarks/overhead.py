@@ -2,10 +2,12 @@
 
     python -m benchmarks.overhead
 
-A real `Trainer` trains a small model for 2,000 steps, logs every 50 and saves every 500. Every call
-of a callback's method is timed, writing its file included, and the hook that counts tokens is
-timed alone. On a GPU it also says whether a reading comes back while the device still works, that
-is, without waiting for it.
+A real `Trainer` trains a small model, logs every 50 steps and saves every 500: without a callback,
+under `VRAMReporter`, under `LeakDetector` and under both, a thousand steps each, in turn and twice.
+Every call of a callback's method is timed, and so is the hook that counts tokens. The figure of a
+step is the mean time inside them. By how much the median step is longer than without them stands
+beside it, and is noisier. What comes once, by starting, saving and ending, is given apart. On a GPU
+it also says whether a reading comes back while the device still works, so without waiting for it.
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ import inspect
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import wraps
-from statistics import median
-from timeit import timeit
+from itertools import pairwise
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, cast
 
-import rich
 import torch
 from datasets import Dataset
+from rich.console import Console
 from rich.table import Table
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import oomguard
 from oomguard.watch.batch import TokenCount
@@ -32,8 +35,20 @@ from oomguard.watch.readings import Meter, device_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WATCHERS: tuple[type[TrainerCallback], ...] = (oomguard.VRAMReporter, oomguard.LeakDetector)
-STEPS = 2000
+Watchers = tuple[type[TrainerCallback], ...]
+
+WATCHERS: tuple[Watchers, ...] = (
+    (),
+    (oomguard.VRAMReporter,),
+    (oomguard.LeakDetector,),
+    (oomguard.VRAMReporter, oomguard.LeakDetector),
+)
+STEPS = 1000
+ROUNDS = 2
+WARM_UP_STEPS = 100
+TOKENS = "counting tokens"
+ONCE = {"on_train_begin", "on_save", "on_train_end"}  # the rest are of steps and log lines
+CONSOLE = Console(width=110)
 
 
 class Model(torch.nn.Module):
@@ -50,12 +65,12 @@ class Model(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
-def make_trainer(folder: str) -> Trainer:
+def make_trainer(folder: str, steps: int) -> Trainer:
     """A trainer of 4 x 16 tokens a step."""
     rows = torch.arange(256 * 16).remainder(64).reshape(-1, 16).tolist()
     arguments = TrainingArguments(
         output_dir=folder,
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=4,
         logging_steps=50,
         save_steps=500,
@@ -64,25 +79,64 @@ def make_trainer(folder: str) -> Trainer:
         disable_tqdm=True,
     )
     dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    return Trainer(Model(), arguments, train_dataset=dataset)
+    trainer = Trainer(Model(), arguments, train_dataset=dataset)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def timed(watcher: type[TrainerCallback], spent_s: dict[str, list[float]]) -> TrainerCallback:
-    """One of these callbacks that adds the seconds of every call to `spent_s`, by its method."""
+@dataclass
+class Cost:
+    """What was measured under some callbacks, over all rounds.
 
-    def note(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                spent_s[name].append(time.perf_counter() - began)
+    Attributes:
+        steps_s: Seconds from the beginning of each step to that of the next.
+        spent_s: Seconds of every call, by the callback and its method.
+    """
 
-        return noting
+    steps_s: list[float] = field(default_factory=list)
+    spent_s: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
+    def of_step_s(self) -> float:
+        """Seconds inside the callbacks, a step."""
+        return self._total_s(once=False) / (STEPS * ROUNDS)
+
+    def of_training_s(self) -> float:
+        """Seconds inside the callbacks that come once in a training, or with a checkpoint."""
+        return self._total_s(once=True) / ROUNDS
+
+    def _total_s(self, *, once: bool) -> float:
+        return sum(sum(s) for (_, name), s in self.spent_s.items() if (name in ONCE) is once)
+
+
+class Clock(TrainerCallback):
+    """Notes when each step begins."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        self.times_s.append(time.perf_counter())
+
+
+def noting(spent: list[float], method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with the seconds of every call added to a list."""
+
+    @wraps(method)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            spent.append(time.perf_counter() - began)
+
+    return timed
+
+
+def timed(watcher: type[TrainerCallback], cost: Cost) -> TrainerCallback:
+    """One of these callbacks that notes the seconds of every call."""
     methods = {
-        name: note(name, method)
+        name: noting(cost.spent_s[watcher.__name__, name], method)
         for name, method in inspect.getmembers(watcher, inspect.isfunction)
         if name.startswith("on_") and method is not getattr(TrainerCallback, name)
     }
@@ -90,34 +144,66 @@ def timed(watcher: type[TrainerCallback], spent_s: dict[str, list[float]]) -> Tr
     return cast("TrainerCallback", subclass())
 
 
-def measure(watcher: type[TrainerCallback]) -> Table:
-    """Train once under this callback."""
-    spent_s: dict[str, list[float]] = defaultdict(list)
+def train(watchers: Watchers, steps: int, cost: Cost) -> None:
+    """Train once under these callbacks."""
+    clock, count = Clock(), TokenCount.__call__
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder)
-        trainer.add_callback(timed(watcher, spent_s))
-        began = time.perf_counter()
-        trainer.train()
-        step_s = (time.perf_counter() - began) / STEPS
-    table = Table("", "calls", "median (µs)", "longest (µs)", "a step (µs)")
-    table.title = f"{watcher.__name__} on {device_name()}, steps of {step_s * 1e6:,.0f} µs"
-    for name, calls in spent_s.items():
-        figures = (median(calls), max(calls), sum(calls) / STEPS)
-        table.add_row(name, str(len(calls)), *map(micros, figures))
-    table.add_row("together", "", "", "", micros(sum(map(sum, spent_s.values())) / STEPS))
+        trainer = make_trainer(folder, steps)
+        trainer.add_callback(clock)
+        for watcher in watchers:
+            trainer.add_callback(timed(watcher, cost))
+        TokenCount.__call__ = noting(cost.spent_s[TOKENS, ""], count)  # type: ignore[method-assign]
+        try:
+            trainer.train()
+        finally:
+            TokenCount.__call__ = count  # type: ignore[method-assign]
+    times = clock.times_s
+    cost.steps_s += [late - early for early, late in pairwise(times)]
+
+
+def measure() -> dict[Watchers, Cost]:
+    """Train under each of the callbacks in turn."""
+    train(WATCHERS[-1], WARM_UP_STEPS, Cost())
+    costs = {watchers: Cost() for watchers in WATCHERS}
+    for _ in range(ROUNDS):
+        for watchers, cost in costs.items():
+            train(watchers, STEPS, cost)
+    return costs
+
+
+def named(watchers: Watchers) -> str:
+    """The callbacks in words."""
+    return " and ".join(watcher.__name__ for watcher in watchers) or "none"
+
+
+def calls(watchers: Watchers, cost: Cost) -> Table:
+    """What every method took."""
+    table = Table("", "", "calls", "median (µs)", "mean (µs)", "longest (µs)")
+    table.title = f"Inside {named(watchers)}"
+    for (owner, name), spent in cost.spent_s.items():
+        if spent:
+            figures = (median(spent), fmean(spent), max(spent))
+            table.add_row(owner, name, str(len(spent)), *(f"{1e6 * s:,.1f}" for s in figures))
     return table
 
 
-def micros(seconds: float) -> str:
-    """Seconds as text in microseconds."""
-    return f"{seconds * 1e6:,.1f}"
-
-
-def hook_micros() -> float:
-    """Microseconds of counting the tokens of one forward pass."""
-    model, count = Model(), TokenCount()
-    batch = {"input_ids": torch.zeros(4, 16, dtype=torch.long)}
-    return timeit(lambda: count(model, (), batch), number=10_000) / 10_000 * 1e6
+def summary(costs: dict[Watchers, Cost]) -> Table:
+    """What each of them costs."""
+    table = Table(
+        "callbacks",
+        "inside, a step (µs)",
+        "median step (µs)",
+        "longer than without (µs)",
+        "once a training (ms)",
+    )
+    table.title = f"On {device_name()}, {STEPS * ROUNDS:,} steps each"
+    plain_s = median(costs[()].steps_s)
+    for watchers, cost in costs.items():
+        step_s = median(cost.steps_s)
+        figures = (cost.of_step_s(), step_s, step_s - plain_s)
+        once = f"{1e3 * cost.of_training_s():,.1f}"
+        table.add_row(named(watchers), *(f"{1e6 * s:,.1f}" for s in figures), once)
+    return table
 
 
 def waits() -> bool | None:
@@ -136,12 +222,13 @@ def waits() -> bool | None:
 
 
 def main() -> None:
-    """Print a table for each watcher."""
-    for watcher in WATCHERS:
-        rich.print(measure(watcher))
-    rich.print(f"Counting the tokens of one pass: {hook_micros():.1f} µs")
+    """Print a table of calls for each, and one of all."""
+    costs = measure()
+    for watchers in WATCHERS[1:]:
+        CONSOLE.print(calls(watchers, costs[watchers]))
+    CONSOLE.print(summary(costs))
     if (found := waits()) is not None:
-        rich.print(f"A reading waits for the device: {'yes' if found else 'no'}")
+        CONSOLE.print(f"A reading waits for the device: {'yes' if found else 'no'}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ LARGEST = 2.0**70  # what is above is no reading
 
 def _number(value: float | None) -> float | None:
     """A reading as a float; `None` if it is none."""
+    if value is None:
+        return None
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return number if -LARGEST < number < LARGEST else None
