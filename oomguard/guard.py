@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from rich.console import Console
 from transformers import Trainer
 
 from oomguard import hooks, starting
@@ -182,9 +181,7 @@ class Guard:
             self.report.save(path)
         except OSError as failure:  # never in place of the training's own result or error
             logger.warning("The report could not be written to %s: %s", path, failure)
-        console = Console()
-        if console.is_terminal or console.is_jupyter:
-            console.print(self.report)
+        self.report.show()
 
 
 def _told(error: BaseException) -> str:

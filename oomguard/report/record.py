@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rich.console import Console
 from rich.text import Text
 
 from oomguard.errors import ConfigurationError
@@ -19,6 +20,7 @@ from oomguard.event import OOMEvent
 from oomguard.jump import PassedOver
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
+from oomguard.report import notebook
 from oomguard.report.sparkline import ASCII, BLOCKS
 from oomguard.report.stored import from_json, to_json, write_whole
 from oomguard.report.table import headline, summary, table
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import ConsoleOptions, RenderResult
     from transformers.trainer_utils import TrainOutput
 
 REPORT_NAME = "oomguard.json"
@@ -144,6 +146,7 @@ class Report:
     seconds: float = 0.0
     estimate: dict[str, Any] | None = None
     folder: Path | None = field(default=None, init=False, repr=False, compare=False)
+    _shown_in: int | None = field(default=None, init=False, repr=False, compare=False)  # cell
 
     @property
     def seconds_lost(self) -> float:
@@ -221,6 +224,20 @@ class Report:
             write_whole(path, text)
         return text
 
+    def show(self) -> None:
+        """Print the table in a terminal, or show it below a notebook's cell; else nothing."""
+        console = Console()
+        if console.is_jupyter:
+            notebook.display(self._repr_html_())
+            self._shown_in = notebook.cell()
+        elif console.is_terminal:
+            console.print(self)
+
+    def _ipython_display_(self) -> None:
+        """As the last line of the cell that it was shown in, it is not shown again."""
+        if self._shown_in is None or self._shown_in != notebook.cell():
+            notebook.display(self._repr_html_())
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the recoveries as a table, and the memory as a line."""
         from oomguard.report.page import for_notebook
@@ -233,7 +250,7 @@ class Report:
         output = None if self.train_output is None else to_json(self.train_output._asdict())
         started = self.started.isoformat()
         values = {"schema": SCHEMA, **asdict(self), "train_output": output, "started": started}
-        del values["folder"]  # it is where the file is
+        del values["folder"], values["_shown_in"]  # of this object, not of the run
         return values
 
     @classmethod
