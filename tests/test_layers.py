@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Lowest first: a module imports only from entries before its own, or from its own package.
 LAYERS = (
     "errors",
+    "typed",
     "plan",
     "event",
     "rung",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,11 @@ def full_report() -> Report:
         status="finished",
         seconds=63.5,
     )
+
+
+def damaged_recovery(**fields: Any) -> dict[str, Any]:
+    """A recovery as JSON types, with a few of its fields replaced."""
+    return asdict(recovery(SplitBatch())) | fields
 
 
 def rendered(report: Report, width: int) -> str:
@@ -307,6 +312,19 @@ def test_a_file_that_is_no_report_is_refused_by_path_and_expected_schema(
         ("recoveries", 3),
         ("started", "yesterday"),
         ("train_output", {"loss": 1}),
+        ("train_output", {"global_step": 3, "training_loss": 10**400, "metrics": {}}),
+        ("train_output", {"global_step": "3", "training_loss": math.nan, "metrics": {}}),
+        ("seconds", "long"),
+        ("seconds", math.inf),
+        ("started", "0001-01-01T00:00:00"),
+        ("ladder", [1]),
+        ("versions", {"torch": 2.11}),
+        ("estimate", [1]),
+        ("error", 3),
+        ("plan", PLAN.to_dict() | {"optim": 8}),
+        ("recoveries", [damaged_recovery(event=vars(EVENT) | {"step": "12"})]),
+        ("recoveries", [damaged_recovery(event=vars(EVENT) | {"asked_bytes": 10**400})]),
+        ("recoveries", [damaged_recovery(seconds_lost=None)]),
     ],
 )
 def test_a_damaged_field_is_refused(tmp_path: Path, field: str, value: object) -> None:

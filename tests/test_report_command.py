@@ -71,9 +71,15 @@ def test_json_is_one_object_with_all_that_is_known(folder: Path) -> None:
     assert (values["html"], values["png"]) == (str(folder / "oomguard.html"), None)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"schema": "oomguard.report/1", "plan": 3}'])
-def test_a_broken_report_is_one_line_and_nothing_is_written(folder: Path, content: str) -> None:
-    (folder / "oomguard.json").write_text(content)
+BROKEN = ["", "{", "[" * 10**5, '{"schema": "oomguard.report/1", "plan": 3}', {"seconds": "1 h"}]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: str(content)[:20])
+def test_a_broken_report_is_one_line_and_nothing_is_written(folder: Path, content: Any) -> None:
+    path = folder / "oomguard.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(content)
     before = names(folder)
     assert "oomguard.json" in refused(report(folder))
     assert names(folder) == before
@@ -138,8 +144,9 @@ def test_without_readings_there_is_no_picture(tmp_path: Path) -> None:
     assert "oomguard.html" not in names(folder)
 
 
-def test_what_is_left_out_is_said(folder: Path) -> None:
-    (folder / "oomguard_findings.json").write_text("{}{")
+@pytest.mark.parametrize("content", ["{}{", '[{"kind": "leak", "message": 3}]'])
+def test_what_is_left_out_is_said(folder: Path, content: str) -> None:
+    (folder / "oomguard_findings.json").write_text(content)
     done = report(folder)
     assert done.exit_code == 0
     assert "left out: " in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from oomguard import typed
 from oomguard.errors import ConfigurationError
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
@@ -26,8 +27,8 @@ def prediction(run: Run) -> dict[str, Any] | None:
 
     Only training steps made under the plan that was estimated are compared with it.
     """
-    estimate = getattr(run.report, "estimate", None)
-    if not isinstance(estimate, dict):
+    estimate = run.report.estimate
+    if estimate is None:
         return None
     measured, note = _measured(run, estimate.get("plan"))
     rows = []
@@ -69,7 +70,7 @@ def _breakdown(values: Any) -> View:
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if typed.fits(value, int) else None
 
 
 def _measured(run: Run, values: Any) -> tuple[list[Reading], str]:

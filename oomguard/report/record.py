@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.text import Text
 
+from oomguard import typed
 from oomguard.errors import ConfigurationError
 from oomguard.event import OOMEvent
 from oomguard.jump import PassedOver
@@ -185,7 +186,7 @@ class Report:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, RecursionError, ValueError) as error:
             msg = f"{path}: cannot be read as JSON of schema {SCHEMA!r} ({error})."
             raise ConfigurationError(msg) from error
         found = values.get("schema") if isinstance(values, dict) else None
@@ -197,7 +198,9 @@ class Report:
             raise ConfigurationError(msg)
         try:
             report = cls._from_dict(values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            typed.check(report, {"TrainOutput": tuple})
+            report.started.timestamp()  # years may be beyond
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             msg = (
                 f"{path}: schema {SCHEMA!r}, but its content is not a report's "
                 f"({type(error).__name__}: {error}). Give a file as Report.save wrote it."
@@ -255,17 +258,13 @@ class Report:
 
     @classmethod
     def _from_dict(cls, values: Mapping[str, Any]) -> Report:
-        status = values["status"]
-        if status not in get_args(Status):
-            msg = f"status is {status!r}, not one of {get_args(Status)}"
-            raise ValueError(msg)
         return cls(
             initial_plan=Plan.from_dict(values["initial_plan"]),
             plan=Plan.from_dict(values["plan"]),
             ladder=tuple(values["ladder"]),
             recoveries=[Recovery.from_dict(recovery) for recovery in values["recoveries"]],
             train_output=_train_output(values["train_output"]),
-            status=status,
+            status=values["status"],
             error=values["error"],
             versions=dict(values["versions"]),
             started=datetime.fromisoformat(values["started"]),
@@ -280,4 +279,9 @@ def _train_output(values: dict[str, Any] | None) -> TrainOutput | None:
     # Slow to import, and a report of a run that never finished does not need it.
     from transformers.trainer_utils import TrainOutput
 
-    return TrainOutput(**from_json(values))
+    output = TrainOutput(**from_json(values))
+    loss = output.training_loss  # one that is not finite is a loss too
+    if not (typed.fits(output.global_step, int) and (typed.fits(loss, int) or type(loss) is float)):
+        msg = f"train_output is {output}, without a step or a loss"
+        raise TypeError(msg)
+    return output

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from oomguard import typed
 from oomguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Finding:
         """The finding of which `values` are the fields; those that are unknown are left out.
 
         Raises:
-            TypeError: A field without a default is missing.
+            TypeError: A field without a default is missing, or one is of another type.
             ValueError: It is of no kind that there is.
         """
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
@@ -76,7 +77,9 @@ class Finding:
         for name in ("full_at_step", "stacks"):
             if known.get(name) is not None:
                 known[name] = tuple(known[name])
-        return cls(**known)
+        finding = cls(**known)
+        typed.check(finding)
+        return finding
 
 
 def save_findings(findings: Sequence[Finding], path: str | os.PathLike[str]) -> None:
@@ -105,7 +108,7 @@ def load_findings(path: str | os.PathLike[str]) -> list[Finding]:
     """
     try:
         return [Finding.from_dict(values) for values in json.loads(Path(path).read_text("utf-8"))]
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         msg = (
             f"{path}: not a list of findings that this version of oomguard reads "
             f"({type(error).__name__}: {error}). Let the run write it anew."

@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from oomguard import typed
 from oomguard.errors import ConfigurationError
 from oomguard.watch.readings import Phase, Reading
 
@@ -124,6 +125,15 @@ class Series:
         }
         return {_KEY + name: json.dumps(value) for name, value in values.items()}
 
+    def _check(self) -> None:
+        """Refuse what `save` would not have written."""
+        for entry in self._breakdowns:
+            typed.check(entry)
+        known = typed.fits(self.device, str) and typed.fits(self.card_total_bytes, int | None)
+        if not known or any(None in (row.step, row.time_s) for row in self.readings):
+            msg = "device, card, steps or times are of another type"
+            raise TypeError(msg)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Series:
         """The series that `save` wrote.
@@ -143,6 +153,7 @@ class Series:
             for row in table.cast(_layout(pa)).to_pylist():
                 series._phases[row["phase"]].rows.append(Reading(**row))
             series._breakdowns = [Breakdown(**entry) for entry in read["breakdowns"]]
+            series._check()
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             msg = (
                 f"{path}: not a series of memory readings that this version of oomguard reads "
