@@ -225,7 +225,7 @@ REPORTS = st.builds(
     versions=st.dictionaries(NAMES, NAMES, max_size=3),
     started=st.integers(0, 2**32).map(lambda s: datetime.fromtimestamp(s / 8, UTC)),
     seconds=st.floats(0, 1e9),
-    train_output=st.none() | st.builds(TrainOutput, st.integers(0), st.floats(), METRICS),
+    train_output=st.none() | st.builds(TrainOutput, st.integers(0, 2**53), st.floats(), METRICS),
 )
 
 
