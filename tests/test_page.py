@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from oomguard.errors import ConfigurationError
 from oomguard.report import Report
-from oomguard.report.page import _in_script, for_notebook, page
+from oomguard.report.page import _in_script, page
 from oomguard.report.run import Run
 from tests.runs import GIB, LEAK, PLAN, readings, report_of, write_run
 
@@ -166,7 +166,8 @@ def test_a_notebook_gets_a_small_table_without_scripts(tmp_path: Path) -> None:
     assert "script" not in found.opened
     for part in ("2 recoveries", "CheckpointActivations", "█▅", "peak 11.51 GiB of 12.00 GiB"):
         assert part in found.text
-    assert "img" not in Page(for_notebook(Run.read(hostile_run(tmp_path / "hostile")))).opened
+    hostile = Report.load(hostile_run(tmp_path / "hostile") / "oomguard.json")
+    assert "img" not in Page(hostile._repr_html_()).opened
 
 
 def test_a_run_that_met_nothing_and_was_not_watched_has_a_page_too(tmp_path: Path) -> None:

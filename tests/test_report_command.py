@@ -91,6 +91,28 @@ def test_a_folder_without_a_report_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_of_a_run_without_a_guard_is_shown_what_was_watched(folder: Path) -> None:
+    (folder / "oomguard.json").unlink()
+    done = report(folder)
+    assert done.exit_code == 0, done.stderr
+    for part in ("llama-lora: watched, without a guard", "memory: ██", LEAK.message):
+        assert part in done.stdout
+    html = (folder / "oomguard.html").read_text("utf-8")
+    assert 'id="timeline"' in html
+    assert not any(f'id="{part}"' in html for part in ("ladder", "plan", "prediction", "error"))
+    assert json.loads(report(folder, "--json").stdout)["report"] is None
+    (folder / "oomguard_vram.parquet").unlink()
+    assert LEAK.message in report(folder).stdout
+
+
+def test_of_what_was_watched_nothing_may_be_readable(folder: Path) -> None:
+    for name in ("oomguard.json", "oomguard_findings.json"):
+        (folder / name).unlink()
+    (folder / "oomguard_vram.parquet").write_text("")
+    assert "not a series of memory readings" in refused(report(folder))
+    assert names(folder) == {"oomguard_vram.parquet"}
+
+
 def test_a_place_that_cannot_be_written_to_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert "oomguard.json" in refused(report(folder, "--html", folder / "oomguard.json" / "x.html"))
     (tmp_path / "taken").mkdir()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from oomguard.report.memory import memory_text
 from oomguard.report.page import page
 from oomguard.report.picture import picture
 from oomguard.report.run import Run
@@ -39,7 +40,7 @@ class Written:
         """The run and the files as JSON types."""
         findings = self.run.findings
         return {
-            "report": self.run.report.to_dict(),
+            "report": None if self.run.report is None else self.run.report.to_dict(),
             "findings": None if findings is None else [asdict(finding) for finding in findings],
             "peak_allocated_bytes": self.run.largest("peak_allocated_bytes"),
             "peak_reserved_bytes": self.run.largest("peak_reserved_bytes"),
@@ -51,7 +52,11 @@ class Written:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The report's table, what grew, and where the files are."""
-        yield self.run.report
+        if self.run.report is not None:
+            yield self.run.report
+        else:
+            yield Text(f"{self.run.name}: watched, without a guard", style="bold")
+            yield from memory_text(self.run, options)
         yield from map(Text, self._lines())
 
     def _lines(self) -> Iterator[str]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from oomguard.memory.size import format_bytes
-from oomguard.report.sparkline import sparkline
-from oomguard.report.table import size
+from oomguard.report.sparkline import ASCII, BLOCKS, sparkline
+from oomguard.report.table import WIDE, size
 from oomguard.report.view import Column, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rich.console import ConsoleOptions
 
     from oomguard.report.run import Run
     from oomguard.watch.readings import Reading
@@ -24,6 +28,7 @@ _LEGEND = (
     "neighbouring readings are merged, and the higher peak is kept. The names under the plot hide "
     "and show what they name; the plot can be zoomed."
 )
+_BESIDE = 44  # of the sparkline, its words and two sizes
 _PHASES = (("train", "training"), ("eval", "evaluation"), ("save", "saving"))
 
 
@@ -64,13 +69,21 @@ def memory_line(run: Run, *, width: int, **options: Any) -> str:
     return f"{line}  peak {format_bytes(highest)}{card}"
 
 
+def memory_text(run: Run, options: ConsoleOptions) -> Iterator[Text]:
+    """The line for a terminal; nothing where memory was not read."""
+    marks = ASCII if options.ascii_only else BLOCKS
+    line = memory_line(run, width=min(options.max_width, WIDE) - _BESIDE, marks=marks)
+    if line:
+        yield Text(f"memory: {line}")
+
+
 def _summary(run: Run) -> str:
     known = {
         "highest peak of allocated memory": run.largest("peak_allocated_bytes"),
         "card": run.card_bytes,
     }
     sizes = [f"{name} {format_bytes(n)}" for name, n in known.items() if n is not None]
-    count = len(run.report.recoveries)
+    count = len(run.recoveries)
     return ", ".join([*sizes, f"{count} recover{'y' if count == 1 else 'ies'}"])
 
 

@@ -21,6 +21,7 @@ from oomguard.report.table import headline, summary
 from oomguard.report.timeline import DARK, LIGHT, figure
 
 if TYPE_CHECKING:
+    from oomguard.report.record import Report
     from oomguard.report.run import Run
 
 
@@ -34,17 +35,6 @@ def page(run: Run) -> str:
     scripts = [_resource("page.js")]
     if drawn is not None:
         scripts.insert(0, plotly_js())
-    plan = {
-        "settings": sections.settings(run.report),
-        "snippet": snippet(run.report.plan, run.report.initial_plan),
-        "note": 'oomguard.fit(trainer, plan="last") begins a run in the same output_dir on '
-        "exactly this plan, whatever the configuration says.",
-    }
-    ladder = {
-        "headline": headline(run.report).removeprefix("oomguard: "),
-        "recoveries": sections.recoveries(run.report),
-        "rungs": sections.rungs(run.report),
-    }
     return (
         _templates()
         .get_template("page.html")
@@ -52,8 +42,8 @@ def page(run: Run) -> str:
             overview=sections.overview(run),
             memory=memory(run),
             figure=None if drawn is None else _in_script(drawn),
-            ladder=ladder,
-            plan=plan,
+            ladder=None if run.report is None else _ladder(run.report),
+            plan=None if run.report is None else _plan(run.report),
             growth=sections.growth(run),
             prediction=prediction(run),
             environment=sections.environment(run),
@@ -65,16 +55,33 @@ def page(run: Run) -> str:
     )
 
 
-def for_notebook(run: Run) -> str:
+def _ladder(report: Report) -> dict[str, Any]:
+    return {
+        "headline": headline(report).removeprefix("oomguard: "),
+        "recoveries": sections.recoveries(report),
+        "rungs": sections.rungs(report),
+    }
+
+
+def _plan(report: Report) -> dict[str, Any]:
+    return {
+        "settings": sections.settings(report),
+        "snippet": snippet(report.plan, report.initial_plan),
+        "note": 'oomguard.fit(trainer, plan="last") begins a run in the same output_dir on '
+        "exactly this plan, whatever the configuration says.",
+    }
+
+
+def for_notebook(report: Report, run: Run) -> str:
     """The headline, a line of the memory, and the recoveries: a few kB, without scripts."""
     return (
         _templates()
         .get_template("notebook.html")
         .render(
-            headline=headline(run.report),
+            headline=headline(report),
             sparkline=memory_line(run, width=60),
-            recoveries=sections.recoveries(run.report),
-            summary=summary(run.report),
+            recoveries=sections.recoveries(report),
+            summary=summary(report),
         )
     )
 

@@ -12,6 +12,7 @@ from oomguard.report.table import size
 from oomguard.report.view import Column, View
 
 if TYPE_CHECKING:
+    from oomguard.report.record import Report
     from oomguard.report.run import Run
     from oomguard.watch.readings import Reading
 
@@ -27,10 +28,11 @@ def prediction(run: Run) -> dict[str, Any] | None:
 
     Only training steps made under the plan that was estimated are compared with it.
     """
-    estimate = run.report.estimate
-    if estimate is None:
+    report = run.report
+    if report is None or report.estimate is None:
         return None
-    measured, note = _measured(run, estimate.get("plan"))
+    estimate = report.estimate
+    measured, note = _measured(run, report, estimate.get("plan"))
     rows = []
     for predicted_name, name, label in _SIZES:
         predicted = _whole(estimate.get(predicted_name))
@@ -73,14 +75,13 @@ def _whole(value: Any) -> int | None:
     return value if typed.fits(value, int) else None
 
 
-def _measured(run: Run, values: Any) -> tuple[list[Reading], str]:
+def _measured(run: Run, report: Report, values: Any) -> tuple[list[Reading], str]:
     """The readings of training that were made wholly under a plan, and what they are in words."""
     readings = [row for row in run.readings if row.phase == "train"]
     try:
         plan = Plan.from_dict(dict(values))
     except (ConfigurationError, TypeError, ValueError):
         return readings, "Measured over all training steps, whatever plan they ran under."
-    report = run.report
     # A step that ran out of memory was made under more than one plan.
     ends = [recovery.event.step for recovery in report.recoveries]
     # A run may begin with another plan than its trainer's own: with that of a run before it.

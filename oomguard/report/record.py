@@ -22,9 +22,8 @@ from oomguard.jump import PassedOver
 from oomguard.memory.size import format_bytes
 from oomguard.plan import Plan
 from oomguard.report import notebook
-from oomguard.report.sparkline import ASCII, BLOCKS
 from oomguard.report.stored import from_json, to_json, write_whole
-from oomguard.report.table import headline, summary, table
+from oomguard.report.table import WIDE, headline, summary, table
 from oomguard.rung import Fidelity
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ SCHEMA = "oomguard.report/1"
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 _REDONE_AFTER = frozenset({"forward", "backward"})
-_WIDE = 112
-_BESIDE = 44  # of the sparkline, its words and two sizes
 _PACKAGES = ("oomguard", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 
 
@@ -158,14 +155,11 @@ class Report:
         """A table of the recoveries, or one line where there were none."""
         yield Text(headline(self), style="bold")
         if self.recoveries:
-            yield from ("", table(self, wide=options.max_width >= _WIDE), "", Text(summary(self)))
-        from oomguard.report.memory import memory_line
+            yield from ("", table(self, wide=options.max_width >= WIDE), "", Text(summary(self)))
+        from oomguard.report.memory import memory_text
         from oomguard.report.run import Run
 
-        marks = ASCII if options.ascii_only else BLOCKS
-        line = memory_line(Run.of(self), width=min(options.max_width, _WIDE) - _BESIDE, marks=marks)
-        if line:
-            yield Text(f"memory: {line}")
+        yield from memory_text(Run.of(self), options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; a reader sees the old file or the new one, never half of one.
@@ -246,7 +240,7 @@ class Report:
         from oomguard.report.page import for_notebook
         from oomguard.report.run import Run
 
-        return for_notebook(Run.of(self))
+        return for_notebook(self, Run.of(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as `save` writes it; what is left of other types is for `json`'s `default`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from oomguard.report.record import Recovery
     from oomguard.watch.findings import Finding
     from oomguard.watch.readings import Reading
     from oomguard.watch.series import Breakdown
@@ -30,7 +32,7 @@ class Run:
 
     Attributes:
         name: What it is called: the name of its folder.
-        report: What the guard wrote.
+        report: What the guard wrote; `None` for a run that was watched only.
         readings: What `VRAMReporter` wrote; empty where it did not.
         breakdowns: What the memory consisted of now and then.
         device: The device's name, where known.
@@ -40,7 +42,7 @@ class Run:
     """
 
     name: str
-    report: Report
+    report: Report | None
     readings: tuple[Reading, ...] = ()
     breakdowns: tuple[Breakdown, ...] = ()
     device: str | None = None
@@ -53,30 +55,37 @@ class Run:
         """The run whose `output_dir` was `folder`.
 
         Raises:
-            ConfigurationError: There is no report of a guarded run, or it is broken.
+            ConfigurationError: Nothing of a run is there, or what is there is broken.
         """
         path = folder / REPORT_NAME
-        if not path.is_file():
+        if path.is_file():
+            return cls.of(Report.load(path))
+        run = cls._in(folder, None)
+        if not run.readings and run.findings is None:
             lacks = f"has no {REPORT_NAME}" if folder.is_dir() else "is not a folder"
             msg = (
                 f"{folder} {lacks}: give the output_dir of a trainer whose training oomguard.fit "
-                "has ended."
+                "has ended, or VRAMReporter has watched."
             )
-            raise ConfigurationError(msg)
-        return cls.of(Report.load(path))
+            raise ConfigurationError(" ".join([*run.unreadable, msg]))
+        return run
 
     @classmethod
     def of(cls, report: Report) -> Run:
         """The run of a report, with what lies beside the report's file, if it has one."""
         if report.folder is None:
             return cls(name="oomguard run", report=report, card_bytes=_card_in_errors(report))
-        folder = report.folder
+        return cls._in(report.folder, report)
+
+    @classmethod
+    def _in(cls, folder: Path, report: Report | None) -> Run:
         unreadable: list[str] = []
+        # A file that is older than the run is an earlier run's.
+        since = -math.inf if report is None else report.started.timestamp() - _COARSE_S
 
         def beside(load: Callable[[Path], Any], name: str) -> Any:
             path = folder / name
-            # A file that is older than the run is an earlier run's.
-            if path.exists() and path.stat().st_mtime > report.started.timestamp() - _COARSE_S:
+            if path.exists() and path.stat().st_mtime > since:
                 return _unless_broken(load, path, unreadable)
             return None
 
@@ -92,6 +101,11 @@ class Run:
             findings=None if findings is None else tuple(findings),
             unreadable=tuple(unreadable),
         )
+
+    @property
+    def recoveries(self) -> list[Recovery]:
+        """Every failure that was overcome."""
+        return [] if self.report is None else self.report.recoveries
 
     def column(self, name: str) -> list[Any]:
         """One field of all readings, in order."""
@@ -109,8 +123,9 @@ class Run:
         return max((size for size in self.column(name) if size is not None), default=None)
 
 
-def _card_in_errors(report: Report) -> int | None:
-    known = (recovery.event.total_bytes for recovery in report.recoveries)
+def _card_in_errors(report: Report | None) -> int | None:
+    recoveries = [] if report is None else report.recoveries
+    known = (recovery.event.total_bytes for recovery in recoveries)
     return next((size for size in known if size is not None), None)
 
 

@@ -9,6 +9,8 @@ from oomguard.report.table import changed, size, taken
 from oomguard.report.view import Column, Figure, View, duration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from oomguard.report.record import Report
     from oomguard.report.run import Run
     from oomguard.watch.findings import Finding, Kind
@@ -26,6 +28,8 @@ _KINDS: dict[Kind, str] = {
 
 def overview(run: Run) -> dict[str, Any]:
     """Name, state and the figures at the top."""
+    if run.report is None:
+        return _watched(run)
     report = run.report
     before, after = report.initial_plan.effective_batch_size, report.plan.effective_batch_size
     lost = f"{report.seconds_lost / report.seconds:.1%} of the run" if report.seconds else ""
@@ -38,14 +42,7 @@ def overview(run: Run) -> dict[str, Any]:
             "unchanged" if before == after else f"changed from {before}",
         ),
     ]
-    peak = run.largest("peak_allocated_bytes")
-    if peak is not None:
-        card = "" if run.card_bytes is None else f"of {format_bytes(run.card_bytes)} on the card"
-        figures.append(Figure("Peak allocated", format_bytes(peak), card))
-    standing = [finding for finding in run.findings or () if not finding.withdrawn]
-    if standing:
-        kinds = dict.fromkeys(_KINDS[finding.kind].lower() for finding in standing)
-        figures.append(Figure("Findings", str(len(standing)), ", ".join(kinds)))
+    figures += _seen(run)
     output = report.train_output
     if output is not None:
         note = f"training loss {output.training_loss:.4g}"
@@ -59,6 +56,35 @@ def overview(run: Run) -> dict[str, Any]:
         "error": report.error,
         "figures": figures,
     }
+
+
+def _watched(run: Run) -> dict[str, Any]:
+    """The same of a run without a guard."""
+    figures = list(_seen(run))
+    when = "Watched, without a guard"
+    if run.readings:
+        last = run.readings[-1]
+        figures.append(Figure("Steps", f"{last.step:,}"))
+        when += f", for {duration(last.time_s)}"
+    return {
+        "name": run.name,
+        "status": "watched",
+        "good": True,
+        "when": when,
+        "error": None,
+        "figures": figures,
+    }
+
+
+def _seen(run: Run) -> Iterator[Figure]:
+    peak = run.largest("peak_allocated_bytes")
+    if peak is not None:
+        card = "" if run.card_bytes is None else f"of {format_bytes(run.card_bytes)} on the card"
+        yield Figure("Peak allocated", format_bytes(peak), card)
+    standing = [finding for finding in run.findings or () if not finding.withdrawn]
+    if standing:
+        kinds = dict.fromkeys(_KINDS[finding.kind].lower() for finding in standing)
+        yield Figure("Findings", str(len(standing)), ", ".join(kinds))
 
 
 def recoveries(report: Report) -> View:
@@ -144,7 +170,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 def environment(run: Run) -> View:
     """Versions and the device."""
-    rows = list(run.report.versions.items())
+    rows = [] if run.report is None else list(run.report.versions.items())
     if run.device is not None:
         rows.append(("device", run.device))
     if run.card_bytes is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from oomguard.plan import Plan
     from oomguard.report.record import Recovery, Report
 
+WIDE = 112  # characters
 _UNKNOWN = "-"
 
 

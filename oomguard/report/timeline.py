@@ -181,7 +181,7 @@ def _marks(run: Run, scale: _Scale) -> Iterator[dict[str, Any]]:
         ]
         points = [(step, scale(size or 0)) for step, size in found]
         yield from _points(label, points, texts, symbol, "var(--muted)", 7)
-    failed = [list(at) for _, at in groupby(run.report.recoveries, key=lambda r: r.event.step)]
+    failed = [list(at) for _, at in groupby(run.recoveries, key=lambda r: r.event.step)]
     top = run.card_bytes or run.most_bytes
     points = [(at[0].event.step, scale(top)) for at in failed]
     texts = ["<br>".join(map(_told, at)) for at in failed]
