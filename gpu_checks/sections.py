@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gpu_checks.alternation import compared
 from gpu_checks.trial import (
     SqueezeOptimizer,
     Toggle,
@@ -227,31 +227,18 @@ def overhead(bench: Bench) -> Result:
     left out.
     """
     block, skipped, blocks = (4, 2, 4) if bench.scale.tiny else (8, 2, 36)
-    job, result = bench.scale.lora("full " * block * blocks), Result()
 
     def toggle(trainer: CheckedTrainer, session: Session) -> None:
         trainer.add_callback(Toggle(trainer, block))
 
-    trial = bench.run(job, prepare=toggle)
-    step_s: dict[bool, list[float]] = {False: [], True: []}
-    for step, seconds in enumerate(trial.step_s, start=1):  # counted from 0: the first has no start
-        if step % block >= skipped:
-            step_s[step // block % 2 == 1].append(seconds)
-    plain, guarded = (statistics.median(step_s[on]) for on in (False, True))
-    half = len(step_s[False]) // 2
-    again = [statistics.median(part) for part in (step_s[False][:half], step_s[False][half:])]
-    overhead_pct = 100 * (guarded / plain - 1)
-    result.tables["Overhead"] = [
-        {
-            "steps_each": len(step_s[True]),
-            "no_guard_step_s": plain,
-            "guard_step_s": guarded,
-            "overhead_pct": overhead_pct,
-            "no_guard_second_half_against_first_pct": 100 * (again[1] / again[0] - 1),
-        }
-    ]
-    if not bench.scale.tiny and overhead_pct > _OVERHEAD_PCT:
-        result.failures.append(f"the guard costs {overhead_pct:.2f} % of a step")
+    def is_on(step: int) -> bool:
+        return step // block % 2 == 1
+
+    trial = bench.run(bench.scale.lora("full " * block * blocks), prepare=toggle)
+    row = compared(trial.step_s, is_on, block=block, skipped=skipped, names=("no_guard", "guard"))
+    result = Result(tables={"Overhead": [row]})
+    if not bench.scale.tiny and row["overhead_pct"] > _OVERHEAD_PCT:
+        result.failures.append(f"the guard costs {row['overhead_pct']:.2f} % of a step")
     return result
 
 

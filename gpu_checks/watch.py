@@ -8,10 +8,10 @@ only tensors can be watched. Exits with 1 if a section crashed or found somethin
 
 from __future__ import annotations
 
-import statistics
 import sys
 from typing import TYPE_CHECKING
 
+from gpu_checks.alternation import compared
 from gpu_checks.plant import Alternate, Fragments, Outside, Plant, Tensors
 from gpu_checks.report import Check
 from gpu_checks.sections import Bench, Result
@@ -76,7 +76,7 @@ def judged(found: Sequence[Finding], kind: Kind | None) -> Result:
             "since_step": finding.since_step,
             "per_step_bytes": finding.bytes_per_step and round(finding.bytes_per_step),
             "so_far_bytes": finding.bytes_so_far,
-            "full_at_step": finding.full_at_step and "-".join(map(str, finding.full_at_step)),
+            "full_at_step": "-".join(map(str, dict.fromkeys(finding.full_at_step or ()))) or None,
             "holder": finding.holder,
             "allocated_at": "; ".join(finding.stacks) or None,
             "message": finding.message,
@@ -135,26 +135,12 @@ def overhead(bench: Bench) -> Result:
         trainer.add_callback(placed[0])
 
     trial = bench.run(job(bench.scale, block * blocks, width=1024), prepare=prepare)
-    step_s: dict[bool, list[float]] = {False: [], True: []}
-    for step, seconds in enumerate(trial.step_s, start=1):  # counted from 0: the first has no start
-        if step % block >= skipped:
-            step_s[placed[0].is_on(step)].append(seconds)
-    plain, watched = (statistics.median(step_s[on]) for on in (False, True))
-    half = len(step_s[False]) // 2
-    first, second = (statistics.median(s) for s in (step_s[False][:half], step_s[False][half:]))
-    overhead_pct = 100 * (watched / plain - 1)
-    result = Result()
-    result.tables["Steps"] = [
-        {
-            "steps_each": len(step_s[True]),
-            "plain_step_s": plain,
-            "watched_step_s": watched,
-            "overhead_pct": overhead_pct,
-            "plain_second_half_against_first_pct": 100 * (second / first - 1),
-        }
-    ]
-    if not bench.scale.tiny and overhead_pct > _OVERHEAD_PCT:
-        result.failures.append(f"watching costs {overhead_pct:.2f} % of a step")
+    row = compared(
+        trial.step_s, placed[0].is_on, block=block, skipped=skipped, names=("plain", "watched")
+    )
+    result = Result(tables={"Steps": [row]})
+    if not bench.scale.tiny and row["overhead_pct"] > _OVERHEAD_PCT:
+        result.failures.append(f"watching costs {row['overhead_pct']:.2f} % of a step")
     return result
 
 

@@ -93,6 +93,8 @@ def _full(creep: Creep) -> str:
     if creep.full_at_step is None:
         return ""
     first, last = creep.full_at_step
+    if first == last:
+        return f" At this rate it is full at step {first:,}."
     return f" At this rate it is full between steps {first:,} and {last:,}."
 
 

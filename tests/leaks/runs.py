@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from oomguard.testing import VirtualCard
 from tests.tiny import ARGUMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import TrainerCallback
@@ -76,6 +77,37 @@ class InOrder(Trainer):
 
     def keep(self, loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
         """For trainers that keep something of a step."""
+
+
+class Node:
+    """Refers to itself, so that only the collector frees what it holds."""
+
+    def __init__(self, activation: torch.Tensor) -> None:
+        self.activation = activation
+        self.itself = self
+
+
+class MakesCycles(InOrder):
+    """Leaves a reference cycle behind at every step."""
+
+    def keep(self, loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
+        Node(outputs["hidden"].detach())
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Garbage stays until it is asked for, as in scripts that collect by themselves."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def evaluated(folder: Path, metrics: Callable[..., torch.Tensor]) -> InOrder:
+    """A trainer that evaluates every ten steps and hands the logits to `metrics`."""
+    more = {"preprocess_logits_for_metrics": metrics, "compute_metrics": lambda _: {}}
+    return trainer_of(folder, eval_rows=64, more=more, eval_strategy="steps", eval_steps=10)
 
 
 def trainer_of(

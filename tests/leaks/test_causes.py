@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.leaks.runs import STEPS, InOrder, Tiny, trainer_of, watched
+from tests.leaks.runs import (
+    STEPS,
+    InOrder,
+    MakesCycles,
+    Tiny,
+    evaluated,
+    trainer_of,
+    watched,
+    without_collector,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,11 +99,7 @@ def test_logits_kept_by_every_evaluation_are_put_down_to_the_evaluation(tmp_path
             self.logits.append(outputs[0])
             return outputs[0].argmax(-1)
 
-    def make() -> InOrder:
-        more = {"preprocess_logits_for_metrics": Metrics(), "compute_metrics": lambda _: {}}
-        return trainer_of(tmp_path, eval_rows=64, more=more, eval_strategy="steps", eval_steps=10)
-
-    finding = the_finding(watched(make))
+    finding = the_finding(watched(lambda: evaluated(tmp_path, Metrics())))
     assert finding.phase == "eval"
     assert str(finding.holder).startswith("Metrics.logits > list[")
 
@@ -220,20 +224,8 @@ def test_a_cache_replaced_by_a_longer_one_is_named_although_no_tensor_stays(tmp_
 
 
 def test_what_only_waits_for_the_garbage_collector_is_told_apart(tmp_path: Path) -> None:
-    class Node:
-        def __init__(self, activation: torch.Tensor) -> None:
-            self.activation = activation
-            self.itself = self
-
-    class Makes(InOrder):
-        def keep(self, loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
-            Node(outputs["hidden"].detach())
-
-    gc.disable()  # as scripts do that collect by themselves
-    try:
-        finding = the_finding(watched(lambda: trainer_of(tmp_path, trainer_class=Makes)))
-    finally:
-        gc.enable()
+    with without_collector():
+        finding = the_finding(watched(lambda: trainer_of(tmp_path, trainer_class=MakesCycles)))
     assert finding.kind == "cycles"
     assert str(finding.holder).startswith("Node.activation")
     assert "gc.collect()" in str(finding.advice)

@@ -12,7 +12,19 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from tests.leaks.runs import LENGTH, ROWS, STEPS, WIDTH, InOrder, Tiny, trainer_of, watched
+from tests.leaks.runs import (
+    LENGTH,
+    ROWS,
+    STEPS,
+    WIDTH,
+    InOrder,
+    MakesCycles,
+    Tiny,
+    evaluated,
+    trainer_of,
+    watched,
+    without_collector,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,22 +59,14 @@ def test_a_cache_with_a_bound_is_no_leak(tmp_path: Path) -> None:
 
 
 def test_cycles_that_are_collected_now_and_then_are_no_leak(tmp_path: Path) -> None:
-    class Node:
-        def __init__(self, activation: torch.Tensor) -> None:
-            self.activation = activation
-            self.itself = self
-
-    class Makes(InOrder):
+    class Collects(MakesCycles):
         def keep(self, loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> None:
-            Node(outputs["hidden"].detach())
+            super().keep(loss, outputs)
             if self.state.global_step % 25 == 0:
                 gc.collect(1)
 
-    gc.disable()
-    try:
-        assert watched(lambda: trainer_of(tmp_path, trainer_class=Makes)) == []
-    finally:
-        gc.enable()
+    with without_collector():
+        assert watched(lambda: trainer_of(tmp_path, trainer_class=Collects)) == []
 
 
 @pytest.mark.slow
@@ -105,11 +109,7 @@ def test_an_evaluation_every_few_steps_is_no_leak(tmp_path: Path) -> None:
             self.last = outputs[0]
             return outputs[0].argmax(-1)
 
-    def make() -> InOrder:
-        more = {"preprocess_logits_for_metrics": Metrics(), "compute_metrics": lambda _: {}}
-        return trainer_of(tmp_path, eval_rows=64, more=more, eval_strategy="steps", eval_steps=10)
-
-    assert watched(make) == []
+    assert watched(lambda: evaluated(tmp_path, Metrics())) == []
 
 
 @pytest.mark.slow
