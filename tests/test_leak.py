@@ -8,22 +8,21 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import oomguard
 from oomguard.memory import simulated
 from oomguard.testing import VirtualCard
 from oomguard.watch.findings import FILE_NAME, Finding, load_findings, save_findings
+from tests.failures import unreadable_card
 from tests.leaks.runs import CAPACITY_BYTES, InOrder, Tiny, trainer_of
-from tests.test_reporter import Broken
 from tests.tiny import largest_difference, weights
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
 ALARM = 176  # where a leak of 256 KiB a step on this card has been looked into
 
@@ -158,19 +157,60 @@ def test_what_fails_is_told_once_and_training_goes_on(
 ) -> None:
     (tmp_path / FILE_NAME).mkdir()
     trainer = trainer_of(tmp_path, callbacks=[oomguard.LeakDetector()], max_steps=4)
-    card = Broken()
-    simulated.enter(card)
-    try:
-        with caplog.at_level(logging.WARNING, "oomguard"):
-            trainer.train()
-    finally:
-        simulated.leave(card)
+    with caplog.at_level(logging.WARNING, "oomguard"), unreadable_card():
+        trainer.train()
     assert trainer.state.global_step == 4
     told = [record.getMessage().partition(":")[0] for record in caplog.records]
     assert told == [
         f"LeakDetector does not write {FILE_NAME}",
         "LeakDetector does not watch all of this run's memory",
     ]
+
+
+class Counting:
+    """A card that counts how often it is asked what lives on it."""
+
+    capacity_bytes = None
+    peak_bytes = 0
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        self.reads += 1
+        return 0
+
+    def take_peak(self) -> int:
+        return 0
+
+
+class Notes(TrainerCallback):
+    """Keeps how often a card was read by the end of each step."""
+
+    def __init__(self, card: Counting) -> None:
+        self.card = card
+        self.reads: list[int] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.reads.append(self.card.reads)
+
+
+@pytest.mark.parametrize("reporters", [[], [oomguard.VRAMReporter()]], ids=["alone", "reported"])
+def test_memory_is_read_once_a_step_though_the_reporter_watches_too(
+    tmp_path: Path, reporters: list[TrainerCallback]
+) -> None:
+    card = Counting()
+    notes = Notes(card)
+    callbacks = [oomguard.LeakDetector(), notes, *reporters]
+    trainer = trainer_of(tmp_path, callbacks=callbacks, max_steps=7)
+    simulated.enter(card)
+    try:
+        trainer.train()
+    finally:
+        simulated.leave(card)
+    # After steps 1, 2 and 4 the reporter asks what the memory consists of.
+    assert [later - earlier for earlier, later in pairwise(notes.reads[4:])] == [1, 1]
 
 
 def test_an_alarm_is_told_although_its_holder_cannot_be_named(
