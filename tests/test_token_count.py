@@ -35,6 +35,23 @@ def test_what_is_no_text_has_no_tokens() -> None:
     assert count.take() is None
 
 
+def test_a_tensor_that_tells_no_shape_does_not_reach_the_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Takes(nn.Module):
+        def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+            return inputs_embeds
+
+    model, count = Takes(), TokenCount()
+    count.attach(model)
+    rows = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)])
+    for _ in range(2):
+        assert model(inputs_embeds=rows) is rows
+    assert count.take() is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Not all tokens are counted: RuntimeError: ")
+
+
 def test_a_counted_model_can_be_copied_and_pickled() -> None:
     model, count = nn.Embedding(8, 4), TokenCount()
     count.attach(model)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oomguard.watch.quiet import Quiet
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -19,6 +21,7 @@ class TokenCount:
 
     def __init__(self) -> None:
         self._tokens = 0
+        self._quiet = Quiet("Not all tokens are counted")
 
     def attach(self, model: torch.nn.Module) -> RemovableHandle:
         """Count from here on until the handle is removed."""
@@ -28,11 +31,12 @@ class TokenCount:
         """Add the tokens of one pass."""
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
-            self._tokens += ids.numel()
-        elif isinstance(embeds := kwargs.get("inputs_embeds"), torch.Tensor):
-            self._tokens += embeds.shape[:-1].numel()
+        with self._quiet:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(ids, torch.Tensor) and not ids.is_floating_point():
+                self._tokens += ids.numel()
+            elif isinstance(embeds := kwargs.get("inputs_embeds"), torch.Tensor):
+                self._tokens += embeds.shape[:-1].numel()
 
     def take(self) -> int | None:
         """Tokens since the last call; `None` where none were seen."""
