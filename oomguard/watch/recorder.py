@@ -81,7 +81,7 @@ class VRAMRecorder(TrainerCallback):
                 if state.global_step and path.exists():
                     series.go_on(Series.load(path), state.global_step)
             self._run = _Run(path, series, self._peaks_for(args))
-            self._run.recoveries = self._recoveries()
+            self._run.recoveries = 0 if self.guarded is None else len(self.guarded.recoveries)
             with self._reads:
                 self._run.skip_peaks(state.global_step)
             if not args.torch_compile:
@@ -105,16 +105,17 @@ class VRAMRecorder(TrainerCallback):
         run = self._run
         if run is None:
             return
-        redone = run.recoveries != (recoveries := self._recoveries())
-        run.recoveries = recoveries
         with self._reads:
             tokens = run.tokens.take()
-            run.read(state.global_step, "train", None if redone else tokens)
-        with self._shows:
-            run.show(self.guarded)
-        if run.is_due():
-            with self._writes:
-                run.write()
+            if self.guarded is not None and run.recoveries != len(self.guarded.recoveries):
+                run.recoveries, tokens = len(self.guarded.recoveries), None
+            run.read(state.global_step, "train", tokens)
+        if run.is_due(self.guarded):
+            with self._shows:
+                run.show(self.guarded)
+            if run.is_old():
+                with self._writes:
+                    run.write()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read what an evaluation took."""
@@ -161,9 +162,6 @@ class VRAMRecorder(TrainerCallback):
     def _peaks_for(self, args: Any) -> Peaks:
         return "risen"
 
-    def _recoveries(self) -> int:
-        return 0 if self.guarded is None else len(self.guarded.recoveries)
-
 
 @final
 class _Run:
@@ -182,7 +180,7 @@ class _Run:
         self._steps = 0
         self._meter = Meter(peaks=peaks, began_s=series.time_s)
         self._written_s = series.time_s
-        self._show_due_s = 0.0
+        self._due_s = 0.0
         self._plan: Plan | None = None
 
     def skip_peaks(self, step: int) -> None:
@@ -228,21 +226,27 @@ class _Run:
             )
         )
 
+    def is_due(self, guarded: Guarded | None) -> bool:
+        """Whether there is more to do than to read: the plan has changed, or time has passed."""
+        if self.latest is None:
+            return False
+        changed = guarded is not None and guarded.plan is not self._plan
+        return changed or self.latest.time_s >= self._due_s
+
     def show(self, guarded: Guarded | None) -> None:
         """Put the latest reading on the progress bar, which draws it when it moves next."""
-        plan = None if guarded is None else guarded.plan
-        if self.latest is None or (self.latest.time_s < self._show_due_s and plan is self._plan):
+        if self.latest is None:
             return
-        self._show_due_s, self._plan = self.latest.time_s + _SHOW_EVERY_S, plan
+        self._due_s = self.latest.time_s + _SHOW_EVERY_S
+        self._plan = None if guarded is None else guarded.plan
         bar = live.bar(self.callbacks)
         if bar is not None:
-            told = live.text(self.latest, self.series.card_total_bytes, plan)
+            told = live.text(self.latest, self.series.card_total_bytes, self._plan)
             bar.set_postfix_str(told, refresh=False)
 
-    def is_due(self) -> bool:
+    def is_old(self) -> bool:
         """Whether the file is older than half a minute."""
-        latest = self.latest
-        return latest is not None and latest.time_s - self._written_s >= _WRITE_EVERY_S
+        return self._due_s - self._written_s >= _WRITE_EVERY_S
 
     def write(self) -> None:
         """Write the file; where that fails, the next try is as far away as after a success."""
