@@ -5,7 +5,8 @@
 A real `Trainer` trains a small model, logs every 50 steps and saves every 500: without a callback,
 under `VRAMReporter`, under `LeakDetector` and under both, a thousand steps each, in turn and twice.
 Every call of a callback's method is timed, and so is the hook that counts tokens. The figure of a
-step is the mean time inside them. By how much the median step is longer than without them stands
+step is the mean time inside them; where other programs want the processor too, its own time tells
+how much of that was theirs. By how much the median step is longer than without them stands
 beside it, and is noisier. What comes once, by starting, saving and ending, is given apart. On a GPU
 it also says whether a reading comes back while the device still works, so without waiting for it.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from itertools import pairwise
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -84,28 +85,37 @@ def make_trainer(folder: str, steps: int) -> Trainer:
     return trainer
 
 
+class Call(NamedTuple):
+    """Seconds of a call: all of them, and those that the processor worked on it."""
+
+    wall_s: float
+    processor_s: float
+
+
 @dataclass
 class Cost:
     """What was measured under some callbacks, over all rounds.
 
     Attributes:
         steps_s: Seconds from the beginning of each step to that of the next.
-        spent_s: Seconds of every call, by the callback and its method.
+        calls: Every call, by the callback and its method.
     """
 
     steps_s: list[float] = field(default_factory=list)
-    spent_s: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[tuple[str, str], list[Call]] = field(default_factory=lambda: defaultdict(list))
 
-    def of_step_s(self) -> float:
-        """Seconds inside the callbacks, a step."""
-        return self._total_s(once=False) / (STEPS * ROUNDS)
+    def of_step(self) -> Call:
+        """What a step takes inside the callbacks."""
+        return self._total(STEPS * ROUNDS, once=False)
 
-    def of_training_s(self) -> float:
-        """Seconds inside the callbacks that come once in a training, or with a checkpoint."""
-        return self._total_s(once=True) / ROUNDS
+    def of_training(self) -> Call:
+        """What comes once in a training, or with a checkpoint."""
+        return self._total(ROUNDS, once=True)
 
-    def _total_s(self, *, once: bool) -> float:
-        return sum(sum(s) for (_, name), s in self.spent_s.items() if (name in ONCE) is once)
+    def _total(self, parts: int, *, once: bool) -> Call:
+        found = [calls for (_, name), calls in self.calls.items() if (name in ONCE) is once]
+        each = [call for calls in found for call in calls]
+        return Call(sum(c.wall_s for c in each) / parts, sum(c.processor_s for c in each) / parts)
 
 
 class Clock(TrainerCallback):
@@ -119,16 +129,17 @@ class Clock(TrainerCallback):
         self.times_s.append(time.perf_counter())
 
 
-def noting(spent: list[float], method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, with the seconds of every call added to a list."""
+def noting(calls: list[Call], method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with every call added to a list."""
 
     @wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        processor, began = time.thread_time(), time.perf_counter()
         try:
             return method(*args, **kwargs)
         finally:
-            spent.append(time.perf_counter() - began)
+            wall_s = time.perf_counter() - began
+            calls.append(Call(wall_s, time.thread_time() - processor))
 
     return timed
 
@@ -136,7 +147,7 @@ def noting(spent: list[float], method: Callable[..., Any]) -> Callable[..., Any]
 def timed(watcher: type[TrainerCallback], cost: Cost) -> TrainerCallback:
     """One of these callbacks that notes the seconds of every call."""
     methods = {
-        name: noting(cost.spent_s[watcher.__name__, name], method)
+        name: noting(cost.calls[watcher.__name__, name], method)
         for name, method in inspect.getmembers(watcher, inspect.isfunction)
         if name.startswith("on_") and method is not getattr(TrainerCallback, name)
     }
@@ -152,7 +163,7 @@ def train(watchers: Watchers, steps: int, cost: Cost) -> None:
         trainer.add_callback(clock)
         for watcher in watchers:
             trainer.add_callback(timed(watcher, cost))
-        TokenCount.__call__ = noting(cost.spent_s[TOKENS, ""], count)  # type: ignore[method-assign]
+        TokenCount.__call__ = noting(cost.calls[TOKENS, ""], count)  # type: ignore[method-assign]
         try:
             trainer.train()
         finally:
@@ -176,12 +187,12 @@ def named(watchers: Watchers) -> str:
     return " and ".join(watcher.__name__ for watcher in watchers) or "none"
 
 
-def calls(watchers: Watchers, cost: Cost) -> Table:
+def methods(watchers: Watchers, cost: Cost) -> Table:
     """What every method took."""
     table = Table("", "", "calls", "median (µs)", "mean (µs)", "longest (µs)")
     table.title = f"Inside {named(watchers)}"
-    for (owner, name), spent in cost.spent_s.items():
-        if spent:
+    for (owner, name), calls in cost.calls.items():
+        if spent := [call.wall_s for call in calls]:
             figures = (median(spent), fmean(spent), max(spent))
             table.add_row(owner, name, str(len(spent)), *(f"{1e6 * s:,.1f}" for s in figures))
     return table
@@ -192,6 +203,7 @@ def summary(costs: dict[Watchers, Cost]) -> Table:
     table = Table(
         "callbacks",
         "inside, a step (µs)",
+        "of it processor (µs)",
         "median step (µs)",
         "longer than without (µs)",
         "once a training (ms)",
@@ -200,8 +212,8 @@ def summary(costs: dict[Watchers, Cost]) -> Table:
     plain_s = median(costs[()].steps_s)
     for watchers, cost in costs.items():
         step_s = median(cost.steps_s)
-        figures = (cost.of_step_s(), step_s, step_s - plain_s)
-        once = f"{1e3 * cost.of_training_s():,.1f}"
+        figures = (*cost.of_step(), step_s, step_s - plain_s)
+        once = f"{1e3 * cost.of_training().wall_s:,.1f}"
         table.add_row(named(watchers), *(f"{1e6 * s:,.1f}" for s in figures), once)
     return table
 
@@ -225,7 +237,7 @@ def main() -> None:
     """Print a table of calls for each, and one of all."""
     costs = measure()
     for watchers in WATCHERS[1:]:
-        CONSOLE.print(calls(watchers, costs[watchers]))
+        CONSOLE.print(methods(watchers, costs[watchers]))
     CONSOLE.print(summary(costs))
     if (found := waits()) is not None:
         CONSOLE.print(f"A reading waits for the device: {'yes' if found else 'no'}")
