@@ -11,13 +11,13 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
 
 test-oldest: $(OLDEST_INSTALLED)
-	@$(OLDEST)/python -m pytest -q -n auto --dist loadfile
+	@$(OLDEST)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet
