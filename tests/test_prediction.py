@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
-    Trainer,
-    TrainingArguments,
     ViTConfig,
-    default_data_collator,
 )
 
 from benchmarks.prediction import CARD, DATA, config_of, estimated, rows_of
@@ -30,7 +26,6 @@ from oomguard.prediction.model import meta_model
 from oomguard.prediction.predictor import Predictor
 from oomguard.prediction.predictor import rows_of as rows_in
 from oomguard.prediction.settings import Settings
-from oomguard.testing import VirtualCard
 from tests import tiny
 
 if TYPE_CHECKING:
@@ -110,7 +105,7 @@ def test_repeated_layers_are_what_every_layer_traced_gives(
 ) -> None:
     plan = lora(gradient_checkpointing=False)
     few = Predictor(deep()).at(plan)
-    monkeypatch.setattr("oomguard.prediction.trace.cut", lambda *_: None)
+    monkeypatch.setattr("oomguard.prediction.prepared.cut", lambda *_: None)
     every = Predictor(deep()).at(plan)
     assert few.peak_allocated_bytes == every.peak_allocated_bytes
     assert few.peak_reserved_bytes == every.peak_reserved_bytes
@@ -223,36 +218,6 @@ def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
     trainer.train()
     twin.train()
     assert tiny.largest_difference(tiny.weights(trainer), tiny.weights(twin)) == 0.0
-
-
-def test_the_virtual_card_measures_what_is_predicted(tmp_path: Path) -> None:
-    model = tiny.llama(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
-    ids = [list(range(3, 99))] * 8
-    masks = [[1] * 96] * 8
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**_ON_CPU, output_dir=str(tmp_path)),
-        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": masks}),
-        data_collator=default_data_collator,
-    )
-    found = estimate(trainer, card="host")
-    with VirtualCard(capacity_bytes="1GiB") as card:
-        card.track(model)
-        trainer.train()
-    assert found.method == "traced"
-    # Batches and losses that wait on the host, and no card has.
-    assert found.peak_allocated_bytes == pytest.approx(card.peak_bytes, rel=0.001)
-
-
-_ON_CPU: dict[str, Any] = {
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "optim": "adamw_torch",
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
 
 
 @pytest.mark.parametrize(
