@@ -21,6 +21,8 @@ from benchmarks.prediction import CARD, DATA, config_of, estimated, rows_of
 from oomguard import ConfigurationError, Plan, estimate
 from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
+from oomguard.prediction.chunks import lengthened
+from oomguard.prediction.depth import CHUNK, Deep, NotAlikeError
 from oomguard.prediction.kernels import fused_4bit
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.predictor import Predictor
@@ -87,17 +89,36 @@ def test_a_further_point_is_what_a_trace_of_its_own_gives(
         assert further.seconds < 0.5 * own.seconds
 
 
-@pytest.mark.parametrize("shapes", [((64, 128), (60, 131)), ((1, 6000), (1, 7001))])
-def test_a_further_point_of_as_many_tiles_of_the_head_is_a_replay(
-    shapes: tuple[tuple[int, int], ...],
+@pytest.mark.parametrize("shapes", [((1, 6000), (64, 125)), ((3, 4200), (40, 1001))])
+def test_a_further_point_is_a_replay_whatever_the_chunks_of_the_head(
+    shapes: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (lora(per_device_train_batch_size=b, max_length=n) for b, n in shapes)
     predictor = Predictor(deep())
     predictor.at(first)
-    further, own = predictor.at(second), Predictor(deep()).at(second)
+    further = predictor.at(second)
+    monkeypatch.setattr("oomguard.prediction.fit.TRACED", 99)  # every chunk
+    own = Predictor(deep()).at(second)
     assert further.peak_allocated_bytes == own.peak_allocated_bytes
     assert further.peak_reserved_bytes == own.peak_reserved_bytes
-    assert further.seconds < 0.5 * own.seconds
+    assert further.breakdown == own.breakdown
+    assert further.seconds < 0.3
+
+
+def test_chunks_that_do_not_behave_alike_are_not_repeated() -> None:
+    made = [((0, n), n) for n in range(4)]
+    alike: list[Any] = [CHUNK, made[1], ((0, 0), -1), CHUNK, made[2], ((0, 1), -1), CHUNK]
+    ended = ["forward", made[0], *alike, ((0, 2), -1)]
+    longer = lengthened(Deep(ended), 2).events
+    frees = [key for key, source in (e for e in longer if isinstance(e, tuple)) if source < 0]
+    allocations = [
+        key for key, source in (e for e in longer if isinstance(e, tuple)) if source >= 0
+    ]
+    assert frees == allocations
+    assert len(frees) == 5
+    other = [made[3] if event == ((0, 1), -1) else event for event in ended]
+    with pytest.raises(NotAlikeError):
+        lengthened(Deep(other), 1)
 
 
 def test_repeated_layers_are_what_every_layer_traced_gives(

@@ -59,7 +59,7 @@ def test_the_virtual_card_measures_what_is_predicted(kind: str, rows: int, tmp_p
         model = peft.get_peft_model(model, tiny.LORA)
     if kind == "accumulated":
         more |= {"gradient_accumulation_steps": 2}
-    trainer = sft(model, rows, **more) if kind == "SFT" else plain(model, rows, **more)
+    trainer: Any = sft(model, rows, **more) if kind == "SFT" else plain(model, rows, **more)
     found = estimate(trainer, card="host")
     with VirtualCard(capacity_bytes="1GiB") as card:
         card.track(trainer.model)

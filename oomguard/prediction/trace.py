@@ -87,12 +87,17 @@ def trace(
         Exception: Whatever the model's own code raises on fake tensors.
     """
     paged: list[int] = []
+    args = optimizers.arguments(plan.optim or "adamw_torch_fused")
+    fused = "fused" in args.optim.value or card.is_host
+    recorder = Recorder(kernels.kernels(card), kernels.workspaces(), count_scalars=fused)
+    padded, packed = settings.padded, settings.packing
     with (
         _quiet(),
-        world(card, padded=settings.padded, packed=settings.packing),
+        world(card, padded=padded, packed=packed, on_chunk=recorder.chunk),
         optimizers.on_card(paged),
     ):
-        return _Run(config, plan, settings, card, paged, whole=whole).trace(shapes)
+        made = Prepared(config, plan, settings, card, recorder, whole=whole)
+        return _Run(plan, settings, card, args, recorder, made).trace(shapes, paged)
 
 
 @contextmanager
@@ -113,21 +118,17 @@ class _Run:
 
     def __init__(
         self,
-        config: PretrainedConfig,
         plan: Plan,
         settings: Settings,
         card: Card,
-        paged: list[int],
-        *,
-        whole: bool,
+        args: Any,
+        recorder: Recorder,
+        made: Prepared,
     ) -> None:
-        self._plan, self._settings, self._card, self._paged = plan, settings, card, paged
-        self._args = optimizers.arguments(plan.optim or "adamw_torch_fused")
-        fused = "fused" in self._args.optim.value or card.is_host
-        self._recorder = Recorder(kernels.kernels(card), kernels.workspaces(), count_scalars=fused)
-        self._made = Prepared(config, plan, settings, card, self._recorder, whole=whole)
+        self._plan, self._settings, self._card = plan, settings, card
+        self._args, self._recorder, self._made = args, recorder, made
 
-    def trace(self, shapes: Sequence[Shape]) -> Trace:
+    def trace(self, shapes: Sequence[Shape], paged: list[int]) -> Trace:
         recorder, passes = self._recorder, min(2, self._plan.passes_per_step)
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.mark(LOAD)
@@ -159,7 +160,7 @@ class _Run:
             recorder.home,
             self._made.kind,
             self._made.cut,
-            self._paged,
+            paged,
             sized=list(first),
             alike={new: old for old, new in again.items()},
             probes=[[recorder.nbytes[i] for i in probe] for probe in probes],

@@ -48,8 +48,8 @@ def fetches_ahead(trainer: Any) -> bool:
     except TypeError:  # a stream, or nothing to train on
         return True
     each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = math.ceil(rows / each)  # of an epoch, whose last one has nothing behind it
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+    steps: int = math.ceil(rows / each)  # of an epoch, whose last one has nothing behind it
+    total: int = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
     return steps > 2 or (steps == 2 and total > 2)
 
 
