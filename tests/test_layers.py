@@ -130,7 +130,7 @@ def loaded_with(module: str) -> set[str]:
         if name in found or name not in MODULES:
             continue
         found.add(name)
-        body = [
+        body: list[ast.stmt] = [
             node for node in MODULES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))
         ]
         dotted = [one.removeprefix("oomguard.") for one in imported_names(ast.Module(body, []))]
