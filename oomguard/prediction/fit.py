@@ -109,13 +109,20 @@ class Fitted:
         self._matrices = sorted({tuple(weight.shape) for weight in weights})
         self._ways: dict[Any, _Way] = {}
 
-    def timeline(self, rows: int, length: int) -> Timeline:
-        """The timeline of passes of `rows` x `length` tokens, which packing makes one row."""
+    def timeline(self, rows: int, length: int, *, alone: bool = False) -> Timeline:
+        """The timeline of passes of `rows` x `length` tokens, which packing makes one row.
+
+        Args:
+            rows: Of a pass.
+            length: Tokens of each.
+            alone: Whether no other shape will be asked for.
+        """
         if self._settings.packing:
             rows, length = 1, rows * length
         key = self._way(rows, length)
         if key not in self._ways:
-            self._ways[key] = self._trace(self._standing_for(rows, length))
+            shape = self._standing_for(rows, length)
+            self._ways[key] = self._trace(shape, alone=alone and shape == (rows, length))
         found = self._ways[key].at(rows, length)
         if found is None:
             self._ways[key] = self._trace((rows, length))
@@ -192,8 +199,8 @@ class Fitted:
     def _same(self, shape: Shape, chunks: int) -> bool:
         return self._settings.trainer != "sft" or chunks_of(*shape) == chunks
 
-    def _trace(self, shape: Shape) -> _Way:
-        other = self._other(shape)
+    def _trace(self, shape: Shape, *, alone: bool = False) -> _Way:
+        other = None if alone else self._other(shape)
         shapes = (shape,) if other is None else (shape, other)
         traced = trace(*self._given, shapes)
         try:

@@ -77,12 +77,15 @@ class Predictor:
             return self
         return Predictor(self.config, settings, fetches_ahead=self._fetches_ahead)
 
-    def at(self, plan: Plan, card: Card | str | int | None = None) -> Estimate:
+    def at(
+        self, plan: Plan, card: Card | str | int | None = None, *, alone: bool = False
+    ) -> Estimate:
         """The estimate of `plan`.
 
         Args:
             plan: What is trained. `max_length` is the length of the longest row; 1024 if `None`.
             card: The card whose constants count: a name, a size or bytes.
+            alone: Whether no other batch or length will be asked for: half the time, then.
 
         Raises:
             ConfigurationError: The plan contradicts the settings, or `card` is no card.
@@ -90,7 +93,7 @@ class Predictor:
         began = time.perf_counter()
         self.settings.check(plan)
         on = Card.of(card)
-        found = self._traced(plan, on)
+        found = self._traced(plan, on, alone=alone)
         method = TRACED if found.timeline is not None else CLOSED_FORM
         return Estimate(
             peak_allocated_bytes=found.peak_allocated_bytes,
@@ -107,14 +110,14 @@ class Predictor:
             timeline=found.timeline,
         )
 
-    def _traced(self, plan: Plan, card: Card) -> _Measured:
+    def _traced(self, plan: Plan, card: Card, *, alone: bool) -> _Measured:
         rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
         key = _key(plan, card)
         if key not in self._failed:
             try:
                 if key not in self._fitted:
                     self._fitted[key] = Fitted(self.config, plan, self.settings, card)
-                timeline = self._fitted[key].timeline(rows, length)
+                timeline = self._fitted[key].timeline(rows, length, alone=alone)
                 if card.is_host:
                     held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)
                     return _uncached(in_loop(timeline, held))
