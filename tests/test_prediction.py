@@ -98,7 +98,7 @@ def test_a_further_point_is_a_replay_whatever_the_chunks_of_the_head(
     predictor.at(first)
     further = predictor.at(second)
     monkeypatch.setattr("oomguard.prediction.fit.TRACED", 99)  # every chunk
-    own = Predictor(deep()).at(second)
+    own = Predictor(deep()).at(second, alone=True)
     assert further.peak_allocated_bytes == own.peak_allocated_bytes
     assert further.peak_reserved_bytes == own.peak_reserved_bytes
     assert further.breakdown == own.breakdown
@@ -125,9 +125,9 @@ def test_repeated_layers_are_what_every_layer_traced_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = lora(gradient_checkpointing=False)
-    few = Predictor(deep()).at(plan)
+    few = Predictor(deep()).at(plan, alone=True)
     monkeypatch.setattr("oomguard.prediction.prepared.cut", lambda *_: None)
-    every = Predictor(deep()).at(plan)
+    every = Predictor(deep()).at(plan, alone=True)
     assert few.peak_allocated_bytes == every.peak_allocated_bytes
     assert few.peak_reserved_bytes == every.peak_reserved_bytes
 
