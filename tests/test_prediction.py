@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     ViTConfig,
 )
@@ -103,6 +104,17 @@ def test_a_further_point_is_a_replay_whatever_the_chunks_of_the_head(
     assert further.peak_reserved_bytes == own.peak_reserved_bytes
     assert further.breakdown == own.breakdown
     assert further.seconds < 0.3
+
+
+def test_rows_as_long_as_a_sliding_window_run_as_longer_ones() -> None:
+    values = {**_MIXTRAL, "sliding_window": 64, "max_position_embeddings": 512}
+    predictor = Predictor(MistralConfig(**values))
+    predictor.at(lora(max_length=64))
+    plan = lora(max_length=96)
+    further = predictor.at(plan)
+    own = Predictor(MistralConfig(**values)).at(plan, alone=True)
+    assert further.peak_allocated_bytes == own.peak_allocated_bytes
+    assert further.seconds < 0.5 * own.seconds
 
 
 def test_chunks_that_do_not_behave_alike_are_not_repeated() -> None:

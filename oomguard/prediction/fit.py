@@ -146,7 +146,7 @@ class Fitted:
         return (
             fused,
             self._chunks(rows, length),
-            self._window is not None and length > self._window,
+            self._window is not None and length >= self._window,
             self._masked and length % _MASK_ALIGNMENT == 0,
         )
 
