@@ -307,7 +307,12 @@ def arguments(plan: Plan, settings: Settings, output_dir: str) -> dict[str, Any]
 
 
 def trainer_of(
-    model: Any, plan: Plan, settings: Settings, tokenizer: Any, peaks: Peaks, output_dir: str
+    model: Any,
+    plan: Plan,
+    settings: Settings,
+    tokenizer: Any,
+    peaks: TrainerCallback,
+    output_dir: str,
 ) -> Any:
     """The trainer that the plan and the settings describe."""
     values = arguments(plan, settings, output_dir)
@@ -374,6 +379,17 @@ def measure(folder: Path, config: Any, run: dict[str, Any], tokenizer: Any) -> d
     return row
 
 
+def tokenizer_of(config: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of one word a token, and its special tokens in `config`."""
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = 1, 2, None
+    words = {f"t{i}": i for i in range(config.vocab_size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")),
+        pad_token="t1",
+        eos_token="t2",
+    )
+
+
 def child(shape: str, out: Path, tiny: bool) -> None:
     """All runs of one shape, appended to `out`."""
     values = dict(SHAPES[shape])
@@ -382,13 +398,7 @@ def child(shape: str, out: Path, tiny: bool) -> None:
     config = CONFIG_MAPPING[values["model_type"]](
         **{name: value for name, value in values.items() if name != "model_type"}
     )
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = 1, 2, None
-    words = {f"t{i}": i for i in range(config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")),
-        pad_token="t1",
-        eos_token="t2",
-    )
+    tokenizer = tokenizer_of(config)
     base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=base) as folder:
         save(config, Path(folder))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from oomguard.errors import ConfigurationError
 from oomguard.memory import device, simulated
-from oomguard.memory.cards import Card
+from oomguard.memory.cards import HOST, Card
 from oomguard.prediction.result import CLOSED_FORM, TRACED
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Budget:
         named, virtual = Card.of(card), simulated.current()
         if virtual is not None and virtual.capacity_bytes is not None:
             total = min(virtual.capacity_bytes, named.total_bytes or virtual.capacity_bytes)
-            found = replace(named, name="VirtualCard", total_bytes=total)
+            found = replace(HOST, name="VirtualCard", total_bytes=total)
             return cls(found, simulated=True, given=card is not None)
         if card is None:
             named = _here()
@@ -60,9 +60,10 @@ class Budget:
     def surely_holds(self, estimate: Estimate) -> bool:
         """Whether a plan fits also where its estimate is off as far as estimates of its kind are.
 
-        Traced ones are off by 0.3 % on average.
+        Traced ones are off by 0.3 % on average. Under a lower limit cached blocks are given back
+        sooner, after which a plan may fit that does not under a higher one: both are asked.
         """
-        return self.holds(estimate, _OFF[estimate.method])
+        return self.holds(estimate, _OFF[estimate.method]) and self.holds(estimate)
 
     def holds(self, estimate: Estimate, scale: float = 1.0) -> bool:
         """Whether a plan fits that takes `scale` times its estimate."""

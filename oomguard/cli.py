@@ -127,47 +127,13 @@ def run(
 
 
 @app.command(no_args_is_help=True)
-def estimate(
-    model: options.Model,
-    *,
-    quantization: options.QuantizationOption = options.Quantization.NONE,
-    dtype: options.DtypeOption = options.Dtype.BFLOAT16,
-    lora_r: options.LoraR = None,
-    target_modules: options.TargetModules = None,
-    dora: options.Dora = False,
-    rslora: options.Rslora = False,
-    full: options.Full = False,
-    batch_size: options.BatchSize = 1,
-    max_length: options.MaxLength = 1024,
-    gradient_checkpointing: options.GradientCheckpointing = None,
-    optim: options.Optim = "adamw_torch_fused",
-    attn: options.Attn = options.Attention.SDPA,
-    padded: options.Padded = False,
-    trainer: options.TrainerOption = options.TrainerName.SFT,
-    card: options.Card = None,
-    json_: Json = False,
-) -> None:
+@options.fine_tune
+def estimate(asked: options.FineTune, *, json_: Json = False) -> None:
     """Estimate the peak memory of a fine-tune: no GPU, no weights needed."""
     with options.one_line_errors():
-        settings = options.as_settings(
-            quantization=quantization,
-            dtype=dtype,
-            lora_r=lora_r,
-            target_modules=target_modules,
-            dora=dora,
-            rslora=rslora,
-            full=full,
-            batch_size=batch_size,
-            max_length=max_length,
-            gradient_checkpointing=gradient_checkpointing,
-            optim=optim,
-            attn=attn,
-            padded=padded,
-            trainer=trainer,
-        )
         from oomguard.prediction import command
 
-        found = command.run(model, card, settings)
+        found = command.run(asked.model, asked.card, asked.settings())
     _show(found, found.to_dict, json_=json_)
 
 
@@ -210,58 +176,27 @@ def doctor(json_: Json = False) -> None:
 
 
 @app.command(no_args_is_help=True)
+@options.fine_tune
 def find(
-    model: options.Model,
+    asked: options.FineTune,
     *,
-    quantization: options.QuantizationOption = options.Quantization.NONE,
-    dtype: options.DtypeOption = options.Dtype.BFLOAT16,
-    lora_r: options.LoraR = None,
-    target_modules: options.TargetModules = None,
-    dora: options.Dora = False,
-    rslora: options.Rslora = False,
-    full: options.Full = False,
-    batch_size: options.BatchSize = 1,
-    max_length: options.MaxLength = 1024,
-    gradient_checkpointing: options.GradientCheckpointing = None,
-    optim: options.Optim = "adamw_torch_fused",
-    attn: options.Attn = options.Attention.SDPA,
-    padded: options.Padded = False,
-    trainer: options.TrainerOption = options.TrainerName.SFT,
-    card: options.Card = None,
     maximize: options.MaximizeOption = options.Maximize.TOKENS,
     free: options.Free = "",
     json_: Json = False,
 ) -> None:
     """Find the largest plan that fits a card, or each size of card: no GPU, no weights needed."""
     with options.one_line_errors():
-        settings = options.as_settings(
-            quantization=quantization,
-            dtype=dtype,
-            lora_r=lora_r,
-            target_modules=target_modules,
-            dora=dora,
-            rslora=rslora,
-            full=full,
-            batch_size=batch_size,
-            max_length=max_length,
-            gradient_checkpointing=gradient_checkpointing,
-            optim=optim,
-            attn=attn,
-            padded=padded,
-            trainer=trainer,
-        )
         from oomguard import find_command
 
         freed = tuple(name.strip() for name in free.split(",") if name.strip())
         found = find_command.find(
-            model, card, maximize=maximize.value, free=freed, settings=settings
+            asked.model,
+            asked.card,
+            maximize=maximize.value,
+            free=freed,
+            settings=asked.settings(),
         )
-    if json_:
-        sys.stdout.write(json.dumps(find_command.as_json(found), indent=2) + "\n")
-    else:
-        from rich.console import Console
-
-        Console().print(find_command.as_table(found))
+    _show(find_command.as_table(found), lambda: find_command.as_json(found), json_=json_)
 
 
 @app.command()

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transformers import Trainer
 
-from oomguard import hooks, starting
+from oomguard import hooks
 from oomguard.checkpoint import OomguardState, Reached, read
 from oomguard.descent import Descent
 from oomguard.errors import ConfigurationError, UnsupportedTrainerError
-from oomguard.forecast import Forecast
 from oomguard.ladder import Ladder
 from oomguard.levers import trl_losses
 from oomguard.levers.live import Levers, read_plan
@@ -74,6 +73,8 @@ def fit(
                 "the training begins with. Leave out one."
             )
             raise ConfigurationError(msg)
+        from oomguard import starting  # the search: a second to import
+
         starting.adopt_found(trainer)
     with Guard(trainer, ladder=ladder, plan=plan) as guard:
         trainer.train(**train_arguments)
@@ -120,6 +121,8 @@ class Guard:
 
     def __enter__(self) -> Self:
         """Put the guard in front of the trainer's class."""
+        from oomguard.forecast import Forecast  # the estimator: seconds to import
+
         check(self._trainer)
         levers = Levers(self._trainer, hooks.own_compute_loss(self._trainer))
         self._forecast = Forecast(self._trainer, self.report)

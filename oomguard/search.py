@@ -114,6 +114,14 @@ class Finder:
             found = search.estimated()
         else:
             found = search.fastest() if fastest else search.measured()
+        found = replace(
+            found,
+            estimate=self._predictor.at(found.estimate.plan, budget.card),
+            runners_up=tuple(
+                replace(other, estimate=self._under_limit(other.estimate))
+                for other in found.runners_up
+            ),
+        )
         return replace(
             found,
             lora_alpha=self._alpha(),
@@ -122,10 +130,18 @@ class Finder:
         )
 
     def _estimate(self, plan: Plan, card: Card) -> Estimate:
+        """What `plan` takes where there is room, which is the same on cards of any size."""
         constants = replace(card, name="", total_bytes=None)
         if (constants, plan) not in self._known:
-            self._known[constants, plan] = self._predictor.at(plan, card)
+            self._known[constants, plan] = self._predictor.at(plan, constants)
         return replace(self._known[constants, plan], card=card)
+
+    def _under_limit(self, estimate: Estimate) -> Estimate:
+        """What it takes of its own card, whose allocator gives cached blocks back in time."""
+        usable_bytes = estimate.card.usable_bytes
+        if usable_bytes is None or estimate.peak_reserved_bytes <= usable_bytes:
+            return estimate
+        return self._predictor.at(estimate.plan, estimate.card)
 
     def _alpha(self) -> int | None:
         trainer = self._subject.trainer

@@ -87,10 +87,15 @@ def test_diagnose_runs_a_script_up_to_its_training(tmp_path: Path) -> None:
     assert (done[0], "eager_attention" in done[1], "made" in done[1]) == (0, True, False), done
     assert "made ['there', '--json']" in done[2]
     assert "not" not in done[2].split("made")[1].split("\n")[1:]
+    assert not [path for path in tmp_path.glob("there/*") if path.name.startswith("checkpoint")]
+
+
+@pytest.mark.slow
+def test_diagnose_runs_a_module_up_to_its_training(tmp_path: Path) -> None:
+    write(tmp_path / "trains.py", TRAINS)
     done = output(tmp_path, "-m", "oomguard", "diagnose", "--json", "-m", "trains", "there")
     found = json.loads(done[1])
     assert (done[0], [each["name"] for each in found["findings"]]) == (0, ["eager_attention"])
-    assert not [path for path in tmp_path.glob("there/*") if path.name.startswith("checkpoint")]
 
 
 @pytest.mark.parametrize(

@@ -121,3 +121,25 @@ def test_the_device_is_read_in_one_module(module: str) -> None:
         if f"{name}.".startswith(("torch.cuda.", "pynvml."))
     )
     assert not found, f"{module} uses {found}: ask oomguard.memory.device instead"
+
+
+def loaded_with(module: str) -> set[str]:
+    """The modules of the package that are imported when `module` is."""
+    found, waiting = set[str](), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in MODULES:
+            continue
+        found.add(name)
+        body: list[ast.stmt] = [
+            node for node in MODULES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        dotted = [one.removeprefix("oomguard.") for one in imported_names(ast.Module(body, []))]
+        waiting += [*dotted, *(one.rpartition(".")[0] for one in dotted)]
+    return found
+
+
+def test_what_trains_loads_no_estimator_before_it_is_asked() -> None:
+    loaded = {name.split(".")[0] for name in loaded_with("guard")}
+    assert {"hooks", "step", "descent"} <= loaded
+    assert not loaded & {"prediction", "forecast", "search", "starting"}

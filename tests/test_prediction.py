@@ -8,29 +8,27 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
-    Trainer,
-    TrainingArguments,
     ViTConfig,
-    default_data_collator,
 )
 
 from benchmarks.prediction import CARD, DATA, config_of, estimated, rows_of
 from oomguard import ConfigurationError, Plan, estimate
 from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
+from oomguard.prediction.chunks import lengthened
+from oomguard.prediction.depth import CHUNK, Deep, NotAlikeError
 from oomguard.prediction.kernels import fused_4bit
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.predictor import Predictor
 from oomguard.prediction.predictor import rows_of as rows_in
 from oomguard.prediction.settings import Settings
-from oomguard.testing import VirtualCard
 from tests import tiny
 
 if TYPE_CHECKING:
@@ -94,17 +92,47 @@ def test_a_further_point_is_what_a_trace_of_its_own_gives(
 
 
 @tiny.needs_fused_head
-@pytest.mark.parametrize("shapes", [((64, 128), (60, 131)), ((1, 6000), (1, 7001))])
-def test_a_further_point_of_as_many_tiles_of_the_head_is_a_replay(
-    shapes: tuple[tuple[int, int], ...],
+@pytest.mark.parametrize("shapes", [((1, 6000), (64, 125)), ((3, 4200), (40, 1001))])
+def test_a_further_point_is_a_replay_whatever_the_chunks_of_the_head(
+    shapes: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (lora(per_device_train_batch_size=b, max_length=n) for b, n in shapes)
     predictor = Predictor(deep())
     predictor.at(first)
-    further, own = predictor.at(second), Predictor(deep()).at(second)
+    further = predictor.at(second)
+    monkeypatch.setattr("oomguard.prediction.fit.TRACED", 99)  # every chunk
+    own = Predictor(deep()).at(second, alone=True)
     assert further.peak_allocated_bytes == own.peak_allocated_bytes
     assert further.peak_reserved_bytes == own.peak_reserved_bytes
+    assert further.breakdown == own.breakdown
+    assert further.seconds < 0.3
+
+
+def test_rows_as_long_as_a_sliding_window_run_as_longer_ones() -> None:
+    values = {**_MIXTRAL, "sliding_window": 64, "max_position_embeddings": 512}
+    predictor = Predictor(MistralConfig(**values))
+    predictor.at(lora(max_length=64))
+    plan = lora(max_length=96)
+    further = predictor.at(plan)
+    own = Predictor(MistralConfig(**values)).at(plan, alone=True)
+    assert further.peak_allocated_bytes == own.peak_allocated_bytes
     assert further.seconds < 0.5 * own.seconds
+
+
+def test_chunks_that_do_not_behave_alike_are_not_repeated() -> None:
+    made = [((0, n), n) for n in range(4)]
+    alike: list[Any] = [CHUNK, made[1], ((0, 0), -1), CHUNK, made[2], ((0, 1), -1), CHUNK]
+    ended = ["forward", made[0], *alike, ((0, 2), -1)]
+    longer = lengthened(Deep(ended), 2).events
+    frees = [key for key, source in (e for e in longer if isinstance(e, tuple)) if source < 0]
+    allocations = [
+        key for key, source in (e for e in longer if isinstance(e, tuple)) if source >= 0
+    ]
+    assert frees == allocations
+    assert len(frees) == 5
+    other = [made[3] if event == ((0, 1), -1) else event for event in ended]
+    with pytest.raises(NotAlikeError):
+        lengthened(Deep(other), 1)
 
 
 @tiny.needs_fused_head
@@ -112,9 +140,9 @@ def test_repeated_layers_are_what_every_layer_traced_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = lora(gradient_checkpointing=False)
-    few = Predictor(deep()).at(plan)
-    monkeypatch.setattr("oomguard.prediction.trace.cut", lambda *_: None)
-    every = Predictor(deep()).at(plan)
+    few = Predictor(deep()).at(plan, alone=True)
+    monkeypatch.setattr("oomguard.prediction.prepared.cut", lambda *_: None)
+    every = Predictor(deep()).at(plan, alone=True)
     assert few.peak_allocated_bytes == every.peak_allocated_bytes
     assert few.peak_reserved_bytes == every.peak_reserved_bytes
 
@@ -234,37 +262,6 @@ def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
     assert tiny.largest_difference(tiny.weights(trainer), tiny.weights(twin)) == 0.0
 
 
-def test_the_virtual_card_measures_what_is_predicted(tmp_path: Path) -> None:
-    model = tiny.llama(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
-    ids = [list(range(3, 99))] * 8
-    masks = [[1] * 96] * 8
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**_ON_CPU, output_dir=str(tmp_path)),
-        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": masks}),
-        data_collator=default_data_collator,
-    )
-    found = estimate(trainer, card="host")
-    with VirtualCard(capacity_bytes="1GiB") as card:
-        card.track(model)
-        trainer.train()
-    assert found.method == "traced"
-    # Batches and losses that wait on the host, and no card has.
-    assert found.peak_allocated_bytes == pytest.approx(card.peak_bytes, rel=0.001)
-
-
-_ON_CPU: dict[str, Any] = {
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "optim": "adamw_torch",
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
-
-
-@tiny.needs_fused_head
 @pytest.mark.parametrize(
     ("model", "settings", "said"),
     [
@@ -274,7 +271,7 @@ _ON_CPU: dict[str, Any] = {
         (deep(), {"lora_r": None, "quantization": "nf4"}, "cannot be trained whole"),
         (deep(), {"lora_r": None, "use_dora": True}, "belong to LoRA"),
         (deep(), {"padded": True, "packing": True}, "exclude each other"),
-        (deep(), {"optim": "nothing"}, "no optimizer of TrainingArguments"),
+        (deep(), {"optim": "nothing", "trainer": "trainer"}, "no optimizer of TrainingArguments"),
         (deep(), {"card": "nothing"}, "neither a size"),
         (deep(), {"nothing": 1}, "neither a field of Plan nor of Settings"),
     ],

@@ -28,6 +28,7 @@ class Card:
         capability: Compute capability; `None` where unknown.
         multiprocessors: Streaming multiprocessors, by which bitsandbytes chooses kernels.
         context_measured: Whether `context_bytes` was measured on this kind of card.
+        is_host: Whether it is no card but the host's memory.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Card:
     multiprocessors: int | None = None
     context_bytes: int = _CONTEXT_BYTES
     context_measured: bool = False
+    is_host: bool = False
 
     @property
     def workspace_bytes(self) -> int:
@@ -43,11 +45,6 @@ class Card:
         if self.is_host:
             return 0
         return _WORKSPACE_BYTES[self.capability is None or self.capability >= (9, 0)]
-
-    @property
-    def is_host(self) -> bool:
-        """Whether it is no card but the host's memory."""
-        return self is HOST
 
     @property
     def known(self) -> bool:
@@ -102,7 +99,7 @@ def _by_name(name: str) -> Card | None:
 
 UNKNOWN = Card("unknown card", None)
 # A training on the CPU, as `oomguard.testing.VirtualCard` measures it.
-HOST = Card("host", None, context_bytes=0)
+HOST = Card("host", None, context_bytes=0, is_host=True)
 # Multiprocessors and capabilities: NVIDIA's data sheets and the CUDA programming guide. Memory: the
 # "total capacity" that PyTorch's out-of-memory messages of public reports give, the lowest where
 # they differ (ECC and displays take their part); measured for the H100. Cards whose context has not

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,8 +21,19 @@ if TYPE_CHECKING:
 
 # Phases in which layers run one after another; in the others, each event has its object's layer.
 RUNNING = ("forward", "backward")
-Key = tuple[int, int] | tuple[int, int, int]
+Key = tuple[Any, ...]
 """`(phase, number)` outside the layers, `(phase, layer, number)` inside."""
+
+
+class _Chunk(Enum):
+    CHUNK = auto()
+
+
+CHUNK = _Chunk.CHUNK
+"""The language-model head is at the beginning of a chunk of tokens."""
+Event = tuple[Key, int] | str | _Chunk | None
+"""`(key, source)` of an allocation, `(key, -1)` of a free, the name of a phase, `CHUNK`, or `None`
+for a release of the cache. The source is the traced id with the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,10 @@ class Deep:
     """Events of the deep model.
 
     Attributes:
-        events: `(key, source)` of an allocation, `(key, -1)` of a free, or the name of a phase;
-            `None` for a release of the cache. The source is the traced id with the same bytes.
+        events: See `Event`.
     """
 
-    events: list[tuple[Key, int] | str | None]
+    events: list[Event]
 
 
 class NotAlikeError(Exception):
@@ -54,7 +65,7 @@ def deepen(trace: Trace) -> Deep:
         NotAlikeError: A copy frees what was never made; the full depth must be traced.
     """
     builder = _Builder(trace)
-    events: list[tuple[Key, int] | str | None] = []
+    events: list[Event] = []
     for phase, name, body in _phases(trace):
         events.append(name)
         events.extend(builder.phase(phase, name, body))
@@ -85,7 +96,7 @@ class _Builder:
         self._made: Counter[tuple[int, int | None]] = Counter()
         self._source: dict[Key, int] = {}
 
-    def phase(self, phase: int, name: str | None, body: list[_Event]) -> Iterator[tuple[Key, int]]:
+    def phase(self, phase: int, name: str | None, body: list[_Event]) -> Iterator[Event]:
         running = name in RUNNING
         for event in body:
             if event.kind == "a":
@@ -95,13 +106,13 @@ class _Builder:
                 self._born[event.number] = phase, count
                 if home is not None:
                     self._source[phase, home, count] = event.number
-            if not running:
+            if not running and event.kind != "c":
                 event.run = self._home[event.number]
         if running:
             _fill(body)
         yield from self._emit(body, running=running)
 
-    def _emit(self, body: list[_Event], *, running: bool) -> Iterator[tuple[Key, int]]:
+    def _emit(self, body: list[_Event], *, running: bool) -> Iterator[Event]:
         before, start = None, 0
         while start < len(body):
             run, end = body[start].run, start
@@ -119,9 +130,12 @@ class _Builder:
                 yield from (self._one(event, run, self._deep(run)) for event in events)
             before, start = run if run is not None else before, end
 
-    def _loose(self, events: list[_Event]) -> Iterator[tuple[Key, int]]:
+    def _loose(self, events: list[_Event]) -> Iterator[Event]:
         """Outside the layers: what is freed there is freed of every copy."""
         for event in events:
+            if event.kind == "c":
+                yield CHUNK
+                continue
             home = self._home[event.number]
             if home is None:
                 yield self._one(event, 0, 0)
@@ -162,7 +176,7 @@ def _fill(body: list[_Event]) -> None:
         last = event.run = last if event.run is None else event.run
 
 
-def _check(events: list[tuple[Key, int] | str | None]) -> None:
+def _check(events: list[Event]) -> None:
     live: set[Key] = set()
     for event in events:
         if not isinstance(event, tuple):

@@ -54,7 +54,7 @@ def estimate(
     """
     began = time.perf_counter()
     predictor, chosen = asked(model, plan, settings)
-    result = predictor.at(chosen, card)
+    result = predictor.at(chosen, card, alone=True)
     return replace(result, seconds=time.perf_counter() - began)
 
 

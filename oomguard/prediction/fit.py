@@ -1,19 +1,21 @@
-"""Timelines of any batch and length from one trace and two more passes.
+"""Timelines of any batch and length from one trace and one more pass.
 
 The bytes of an allocation are a whole multiple of one product of the batch and the length: of the
 rows, of their square, of the rows without their last token, of a length rounded up to what a
-kernel wants. Three passes of different shape tell which. Where a shape decides what runs
-(bitsandbytes' choice of a kernel, the tiles of TRL's head, a sliding window), each way to run is
-traced for itself.
+kernel wants. Two passes of different shape tell which. Where a shape decides what runs
+(bitsandbytes' choice of a kernel, a sliding window, the first chunks of TRL's head), each way to
+run is traced for itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oomguard.prediction.chunks import CHUNK_TOKENS, TRACED, chunks_of, lengthened
 from oomguard.prediction.depth import Deep, NotAlikeError, deepen
 from oomguard.prediction.kernels import fused_4bit, up
 from oomguard.prediction.load import quantized_weights
@@ -32,16 +34,16 @@ if TYPE_CHECKING:
     from oomguard.plan import Plan
     from oomguard.prediction.settings import Settings
 
-_HEAD_TOKENS = 4096  # TRL's TOKEN_CHUNK_SIZE
 _MASK_ALIGNMENT = 16
+_STEPS = range(-8, 9)  # every multiple of the alignment modulo what kernels round up to
 
 
 def _head(rows: int, length: int) -> int:
-    return min(rows * (length - 1), _HEAD_TOKENS)
+    return min(rows * (length - 1), CHUNK_TOKENS)
 
 
 def _last_tile(rows: int, length: int) -> int:
-    return (rows * (length - 1) - 1) % _HEAD_TOKENS + 1
+    return (rows * (length - 1) - 1) % CHUNK_TOKENS + 1
 
 
 # What the bytes of an allocation can be a multiple of, the likelier first.
@@ -74,15 +76,22 @@ class _Way:
     shapes: tuple[Shape, ...]
     products: list[tuple[Callable[[int, int], int], int]] | None
     """What each id is a multiple of, and the multiple in bytes; `None` where that is not known."""
+    chunked: bool
+    """Whether the head goes through its tokens in chunks."""
 
-    def nbytes(self, rows: int, length: int) -> list[int] | None:
-        """Bytes of each id at another shape."""
+    def at(self, rows: int, length: int) -> tuple[Deep, list[int]] | None:
+        """The events at another shape, and the bytes of each id; `None` where it tells nothing."""
         if (rows, length) == self.shapes[0]:
-            return self.traced.nbytes
+            return self.deep, self.traced.nbytes
         if self.products is None:
             return None
         values = {product: product(rows, length) for product in _PRODUCTS}
-        return [values[product] * unit for product, unit in self.products]
+        nbytes = [values[product] * unit for product, unit in self.products]
+        more = chunks_of(rows, length) - chunks_of(*self.shapes[0]) if self.chunked else 0
+        try:
+            return (lengthened(self.deep, more) if more else self.deep), nbytes
+        except NotAlikeError:
+            return None
 
 
 class Fitted:
@@ -100,17 +109,29 @@ class Fitted:
         self._matrices = sorted({tuple(weight.shape) for weight in weights})
         self._ways: dict[Any, _Way] = {}
 
-    def timeline(self, rows: int, length: int) -> Timeline:
-        """The timeline of passes of `rows` x `length` tokens, which packing makes one row."""
+    def timeline(self, rows: int, length: int, *, alone: bool = False) -> Timeline:
+        """The timeline of passes of `rows` x `length` tokens, which packing makes one row.
+
+        Args:
+            rows: Of a pass.
+            length: Tokens of each.
+            alone: Whether no other shape will be asked for.
+        """
         if self._settings.packing:
             rows, length = 1, rows * length
         key = self._way(rows, length)
-        way = self._ways.get(key)
-        nbytes = None if way is None else way.nbytes(rows, length)
-        if way is None or nbytes is None:
-            way = self._ways[key] = self._trace((rows, length))
-            nbytes = way.traced.nbytes
-        return timeline(way.traced, way.deep, nbytes, self._card)
+        if key not in self._ways:
+            shape = self._standing_for(rows, length)
+            self._ways[key] = self._trace(shape, alone=alone and shape == (rows, length))
+        found = self._ways[key].at(rows, length)
+        if found is None:
+            self._ways[key] = self._trace((rows, length))
+            found = self._ways[key].at(rows, length)
+        if found is None:
+            msg = f"{rows} x {length} tokens cannot be made of a trace of them"
+            raise RuntimeError(msg)
+        deep, nbytes = found
+        return timeline(self._ways[key].traced, deep, nbytes, self._card)
 
     def _way(self, rows: int, length: int) -> Any:
         """What the shape decides."""
@@ -124,42 +145,83 @@ class Fitted:
             )
         return (
             fused,
-            -(-rows * (length - 1) // _HEAD_TOKENS) if settings.trainer == "sft" else 0,
-            self._window is not None and length > self._window,
+            self._chunks(rows, length),
+            self._window is not None and length >= self._window,
             self._masked and length % _MASK_ALIGNMENT == 0,
         )
 
-    def _others(self, shape: Shape) -> tuple[Shape, ...]:
-        """Two shapes that run the same way, one with other rows and one with another length."""
-        rows, length = shape
-        key = self._way(rows, length)
-        steps = [one * _MASK_ALIGNMENT for one in (1, 3, -1, -3)]
-        more = [(rows + one, length) for one in (1, 2, -1)]
-        # As many tokens in more rows: as many tiles of the head.
-        shorter = length * rows // (rows + 1)
-        more.append((rows + 1, shorter - (shorter - length) % _MASK_ALIGNMENT))
-        longer = [(rows, length + one) for one in steps]
-        found = [
-            next((s for s in shapes if s[1] > 1 and self._way(*s) == key), None)
-            for shapes in ([s for s in more if s[0] > 0] if rows > 1 else more, longer)
-        ]
-        return tuple(one for one in found if one is not None)
+    def _chunks(self, rows: int, length: int) -> int:
+        """Chunks of the head, where their number decides: further ones repeat themselves."""
+        if self._settings.trainer != "sft":
+            return 0
+        chunks = chunks_of(rows, length)
+        return chunks if self._card.is_host else min(chunks, TRACED)
 
-    def _trace(self, shape: Shape) -> _Way:
-        shapes = (shape, *self._others(shape))
+    def _standing_for(self, rows: int, length: int) -> Shape:
+        """A shape that runs the same way, and whose chunks can all be traced."""
+        if self._chunks(rows, length) == chunks_of(rows, length) or not self._chunks(rows, length):
+            return rows, length
+        most = TRACED * CHUNK_TOKENS
+        fewer = most // (length - 1), length
+        few = min(rows, 2)
+        shorter = most // few + 1
+        shapes = (fewer, (few, shorter - (shorter - length) % _MASK_ALIGNMENT))
+        key = self._way(rows, length)
+        return next((s for s in shapes if self._alike(s, key, rows)), (rows, length))
+
+    def _alike(self, shape: Shape, key: Any, rows: int) -> bool:
+        if shape[0] < min(rows, 2) or shape[1] < 2 or self._way(*shape) != key:
+            return False
+        return chunks_of(*shape) == TRACED
+
+    def _other(self, shape: Shape) -> Shape | None:
+        """A shape of other rows and another length that runs the same way.
+
+        Of those at hand the one that tells most products apart.
+        """
+        rows, length = shape
+        key, chunks = self._way(rows, length), chunks_of(rows, length)
+        found = []
+        for more in (1, 2, 3, -1):
+            others = rows + more
+            # As many tokens in other rows are as many chunks of the head.
+            as_many = length * rows // others if others > 0 else 0
+            starts = length, as_many - (as_many - length) % _MASK_ALIGNMENT
+            lengths = {start + step * _MASK_ALIGNMENT for start in starts for step in _STEPS}
+            found += [(others, one) for one in sorted(lengths) if others > 0 and one > 1]
+        alike = [
+            other
+            for other in found
+            if other[1] != length and self._way(*other) == key and self._same(other, chunks)
+        ]
+        return max(alike, key=lambda other: _told_apart(shape, other), default=None)
+
+    def _same(self, shape: Shape, chunks: int) -> bool:
+        return self._settings.trainer != "sft" or chunks_of(*shape) == chunks
+
+    def _trace(self, shape: Shape, *, alone: bool = False) -> _Way:
+        other = None if alone else self._other(shape)
+        shapes = (shape,) if other is None else (shape, other)
         traced = trace(*self._given, shapes)
         try:
             deep = deepen(traced)
         except NotAlikeError:
             traced = trace(*self._given, shapes, whole=True)
             deep = deepen(traced)
-        return _Way(traced, deep, shapes, _products(traced, shapes))
+        chunked = self._settings.trainer == "sft"
+        return _Way(traced, deep, shapes, _products(traced, shapes), chunked)
+
+
+def _told_apart(one: Shape, other: Shape) -> int:
+    """How many pairs of products change differently between two shapes."""
+    values = [(product(*one), product(*other)) for product in _PRODUCTS]
+    return sum(a * d != b * c for (a, b), (c, d) in combinations(values, 2))
 
 
 def _products(
     traced: Trace, shapes: tuple[Shape, ...]
 ) -> list[tuple[Callable[[int, int], int], int]] | None:
-    if len(shapes) < 3 or any(len(probe) != len(traced.sized) for probe in traced.probes):
+    if len(shapes) < 2 or any(len(probe) != len(traced.sized) for probe in traced.probes):
         return None
     constant = _PRODUCTS[0]
     found = [(constant, nbytes) for nbytes in traced.nbytes]

@@ -13,13 +13,15 @@ from oomguard.errors import ConfigurationError
 from oomguard.memory.allocator import Replay, Timeline, replay
 from oomguard.memory.cards import Card
 from oomguard.memory.size import format_bytes
+from oomguard.memory.uncached import count
 from oomguard.prediction import closed_form
 from oomguard.prediction.fit import Fitted
+from oomguard.prediction.loop import held_bytes, in_loop
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings, check_trl
 from oomguard.prediction.subject import config_of
-from oomguard.prediction.trainer import settings_of
+from oomguard.prediction.trainer import fetches_ahead, settings_of
 
 if TYPE_CHECKING:
     from oomguard.plan import Plan
@@ -47,14 +49,18 @@ class Predictor:
     Args:
         model: See `estimate`; not a trainer.
         settings: What no plan changes.
+        fetches_ahead: Whether a batch waits while another is trained; it does but in short runs.
 
     Raises:
         ConfigurationError: There is no such model, or it has no language-model head.
     """
 
-    def __init__(self, model: Any, settings: Settings | None = None) -> None:
+    def __init__(
+        self, model: Any, settings: Settings | None = None, *, fetches_ahead: bool = True
+    ) -> None:
         self.config = config_of(model)
         self.settings = settings or Settings()
+        self._fetches_ahead = fetches_ahead
         self._fitted: dict[Any, Fitted] = {}
         self._failed: dict[Any, str] = {}
 
@@ -62,18 +68,24 @@ class Predictor:
     def of(cls, trainer: Any) -> Predictor:
         """The predictor of a live trainer; `oomguard.prediction.trainer.plan_of` is its plan."""
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        return cls(model.config, settings_of(trainer))
+        ahead = fetches_ahead(trainer)
+        return cls(model.config, settings_of(trainer), fetches_ahead=ahead)
 
     def under(self, settings: Settings) -> Predictor:
         """The predictor of the same model under other settings."""
-        return self if settings == self.settings else Predictor(self.config, settings)
+        if settings == self.settings:
+            return self
+        return Predictor(self.config, settings, fetches_ahead=self._fetches_ahead)
 
-    def at(self, plan: Plan, card: Card | str | int | None = None) -> Estimate:
+    def at(
+        self, plan: Plan, card: Card | str | int | None = None, *, alone: bool = False
+    ) -> Estimate:
         """The estimate of `plan`.
 
         Args:
             plan: What is trained. `max_length` is the length of the longest row; 1024 if `None`.
             card: The card whose constants count: a name, a size or bytes.
+            alone: Whether no other batch or length will be asked for: half the time, then.
 
         Raises:
             ConfigurationError: The plan contradicts the settings, `card` is no card, or the loss of
@@ -84,7 +96,7 @@ class Predictor:
         on = Card.of(card)
         if self.settings.trainer == "sft":
             check_trl()
-        found = self._traced(plan, on)
+        found = self._traced(plan, on, alone=alone)
         method = TRACED if found.timeline is not None else CLOSED_FORM
         return Estimate(
             peak_allocated_bytes=found.peak_allocated_bytes,
@@ -101,14 +113,18 @@ class Predictor:
             timeline=found.timeline,
         )
 
-    def _traced(self, plan: Plan, card: Card) -> _Measured:
+    def _traced(self, plan: Plan, card: Card, *, alone: bool) -> _Measured:
         rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
         key = _key(plan, card)
         if key not in self._failed:
             try:
                 if key not in self._fitted:
                     self._fitted[key] = Fitted(self.config, plan, self.settings, card)
-                return self._replayed(self._fitted[key], rows, length, card)
+                timeline = self._fitted[key].timeline(rows, length, alone=alone)
+                if card.is_host:
+                    held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)
+                    return _uncached(in_loop(timeline, held))
+                return self._replayed(timeline, card)
             except ConfigurationError:
                 raise
             except Exception as error:
@@ -117,8 +133,7 @@ class Predictor:
                 self._failed[key] = f"{type(error).__name__}: {reason}"
         return self._counted(plan, rows, self._failed[key])
 
-    def _replayed(self, fitted: Fitted, rows: int, length: int, card: Card) -> _Measured:
-        timeline = fitted.timeline(rows, length)
+    def _replayed(self, timeline: Timeline, card: Card) -> _Measured:
         expandable = self.settings.expandable_segments
         free = replay(timeline, expandable=expandable)
         if free is None:
@@ -127,17 +142,7 @@ class Predictor:
         under, usable = free, card.usable_bytes
         if usable is not None and free.peak_reserved_bytes > usable:
             under = replay(timeline, expandable=expandable, limit_bytes=usable) or free
-        parts = _breakdown(timeline, free)
-        used = sum(parts.values())
-        parts["fragmentation"] = under.peak_reserved_bytes - used
-        return _Measured(
-            timeline,
-            free.peak_allocated_bytes,
-            under.peak_reserved_bytes,
-            free.phase,
-            parts,
-            (),
-        )
+        return _measured(timeline, free, under.peak_reserved_bytes)
 
     def _counted(self, plan: Plan, rows: int, reason: str) -> _Measured:
         try:
@@ -152,6 +157,17 @@ class Predictor:
         name = type(model).__name__
         note = f"{name} could not be traced ({reason}); the figures are a closed form"
         return _Measured(None, allocated, reserved, "backward", parts, (note,))
+
+
+def _uncached(timeline: Timeline) -> _Measured:
+    counted = count(timeline)
+    return _measured(timeline, counted, counted.peak_reserved_bytes)
+
+
+def _measured(timeline: Timeline, at: Replay, reserved_bytes: int) -> _Measured:
+    parts = _breakdown(timeline, at)
+    parts["fragmentation"] = reserved_bytes - sum(parts.values())
+    return _Measured(timeline, at.peak_allocated_bytes, reserved_bytes, at.phase, parts, ())
 
 
 def _breakdown(timeline: Timeline, at: Replay) -> dict[str, int]:

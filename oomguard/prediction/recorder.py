@@ -14,7 +14,8 @@ Kernel = Callable[..., Any]
 Workspace = Callable[..., list[int]]
 """Bytes that an op's kernel allocates for itself, by `(out, *arguments)`."""
 Entry = tuple[str, Any, int | None]
-"""`("a", id, layer)`, `("f", id, layer)`, or `("m", phase, None)`."""
+"""`("a", id, layer)`, `("f", id, layer)`, `("m", phase, None)`, or `("c", None, None)`, a chunk of
+the language-model head."""
 
 HEAD = "head"
 _ADD = torch.ops.aten.add.Tensor
@@ -64,6 +65,10 @@ class Recorder(TorchDispatchMode):
         self.log.append(("m", phase, None))
         self.layer = None
 
+    def chunk(self) -> None:
+        """The language-model head is at the beginning of a chunk of tokens."""
+        self.log.append(("c", None, None))
+
     def allocate(self, nbytes: int, op: str) -> int:
         """Record an allocation, and return its id."""
         number = len(self.nbytes)
@@ -84,7 +89,7 @@ class Recorder(TorchDispatchMode):
         for table in tables:
             table.extend(table[ids.start : ids.stop])
         for kind, what, layer in log:
-            if kind == "m":
+            if kind in {"m", "c"}:
                 self.log.append((kind, what, layer))
             elif what in new:
                 self.log.append((kind, new[what], layer))

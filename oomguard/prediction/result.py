@@ -84,7 +84,7 @@ class Estimate:
         usable_bytes = Card.of(card).usable_bytes
         if usable_bytes is None:
             return False
-        if self.timeline is None:
+        if self.peak_reserved_bytes <= usable_bytes or self.timeline is None:
             return self.peak_reserved_bytes <= usable_bytes
         if self.peak_allocated_bytes > usable_bytes:
             return False

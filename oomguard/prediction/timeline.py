@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oomguard.memory.allocator import RELEASE, Event, Mark, Timeline
+from oomguard.prediction.depth import CHUNK
 from oomguard.prediction.recorder import HEAD
 from oomguard.prediction.trace import BACKWARD, FORWARD, LOAD, STEP
 
@@ -31,6 +32,8 @@ def timeline(trace: Trace, deep: Deep, nbytes: list[int], card: Card) -> Timelin
     phase, handles = LOAD, set[str]()
     kinds = _kinds(trace)
     for event in deep.events:
+        if event is CHUNK:
+            continue
         if not isinstance(event, tuple):
             events.append(RELEASE if event is None else Mark(event))
             phase = event or phase
@@ -59,7 +62,7 @@ def _kinds(trace: Trace) -> list[str]:
             phase = _PHASES.get(what, "end")
         elif kind == "a":
             born[what] = phase
-        else:
+        elif kind == "f":
             died[what] = phase
     return [_kind(trace, i, born.get(i, "end"), died.get(i)) for i in range(len(trace.nbytes))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,19 @@ def row_lengths(trainer: Any) -> list[int]:
     # Arrow knows how long a list is without reading it: a second for millions of rows.
     lists = dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
     return [int(length) for length in compute.list_value_length(lists).to_pylist()]
+
+
+def fetches_ahead(trainer: Any) -> bool:
+    """Whether the loader of `trainer` ever holds another batch during a step after the first."""
+    args = trainer.args
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:  # a stream, or nothing to train on
+        return True
+    each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps: int = math.ceil(rows / each)  # of an epoch, whose last one has nothing behind it
+    total: int = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+    return steps > 2 or (steps == 2 and total > 2)
 
 
 def settings_of(trainer: Any) -> Settings:

@@ -38,11 +38,19 @@ def patched(target: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
+def world(
+    card: Card, *, padded: bool, packed: bool, on_chunk: Callable[[], None]
+) -> Iterator[None]:
     """Code inside decides as it would on `card`, while its fake tensors say that they are host's.
 
     Fake tensors of a CUDA device cannot go through autograd where PyTorch is built without CUDA;
     those of the host can, everywhere. What would choose by device is answered for the card.
+
+    Args:
+        card: Which card.
+        padded: Whether masks are in force.
+        packed: Whether rows hold several documents.
+        on_chunk: Called at the beginning of every chunk of tokens in TRL's language-model head.
     """
     import torch.utils.checkpoint as checkpoint
     from transformers import masking_utils, modeling_utils
@@ -72,7 +80,7 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
             put(torch.amp.autocast_mode, autocast=Autocast)
             autocast.patch(put)
             if find_spec("trl.kernels") is not None:  # older ones make the whole logits
-                _triton(put)
+                _triton(put, _NoKernel(on_chunk))
             if find_spec("bitsandbytes") is not None:
                 _quantized(put)
         yield
@@ -161,8 +169,16 @@ def _quantized(put: Callable[..., None]) -> None:
 class _NoKernel:
     """A Triton kernel that is launched and does nothing."""
 
+    def __init__(self, on_chunk: Callable[[], None]) -> None:
+        self._on_chunk = on_chunk
+
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *_, **__: None
+        return self._launched
+
+    def _launched(self, *args: Any, **_: Any) -> None:
+        vocab_start = args[-2]  # behind it: how many columns
+        if vocab_start == 0:
+            self._on_chunk()
 
 
 def _addmm_fp32(acc: Any, a: Any, b: Any) -> None:
@@ -176,12 +192,12 @@ def _addmm_fp32(acc: Any, a: Any, b: Any) -> None:
         del temporaries
 
 
-def _triton(put: Callable[..., None]) -> None:
+def _triton(put: Callable[..., None], kernel: _NoKernel) -> None:
     """TRL's language-model head as it runs with Triton."""
     import trl.kernels.chunked_logprob as head
     import trl.trainer.utils as utils
 
-    put(head, _forward_kernel=_NoKernel(), _backward_kernel=_NoKernel())
+    put(head, _forward_kernel=kernel, _backward_kernel=kernel)
     put(head, _use_triton=lambda *_: True, _addmm_fp32=_addmm_fp32)
     put(head, triton=SimpleNamespace(cdiv=lambda one, other: -(-one // other)))
     put(utils, _use_triton=lambda *_: True)
