@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oomguard.memory.allocator import RELEASE, Event, Mark, Timeline
-from oomguard.prediction.recorder import HEAD
+from oomguard.prediction.recorder import HANDLE, HEAD
 from oomguard.prediction.trace import BACKWARD, FORWARD, LOAD, STEP
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ def timeline(trace: Trace, deep: Deep, nbytes: list[int], card: Card) -> Timelin
         if not isinstance(event, tuple):
             events.append(RELEASE if event is None else Mark(event))
             phase = event or phase
-            if phase in {FORWARD, BACKWARD} and phase not in handles and card.workspace_bytes:
+            continue
+        key, source = event
+        if source >= 0 and trace.part[source] == HANDLE:
+            if phase in {FORWARD, BACKWARD} - handles and card.workspace_bytes:
                 handles.add(phase)
                 events.append((len(category), card.workspace_bytes))
                 category.append("workspaces")
             continue
-        key, source = event
         if source < 0:
             events.append((numbers.pop(key), -1))
             continue
