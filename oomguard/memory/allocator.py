@@ -145,8 +145,10 @@ class CachingAllocator:
             small: [_Block(base, _ADDRESS_BYTES, small=small, mapped=False)] if expandable else []
             for small, base in ((True, 0), (False, _ADDRESS_BYTES))
         }
-        # Address space that no segment has, as (start, bytes) in the order of addresses.
-        self._holes = [(0, _ADDRESS_BYTES)]
+        # cudaMalloc hands addresses out from the top. Of free blocks of one size the allocator takes
+        # that of the lowest address: with this order, and not the other way round, a replay meets
+        # peaks measured one after another in a process (benchmarks/series.py).
+        self._bottom = _ADDRESS_BYTES
 
     def malloc(self, key: int, nbytes: int) -> bool:
         """Allocate `nbytes` under `key`; whether there was room."""
@@ -186,7 +188,6 @@ class CachingAllocator:
                 elif block.before is None and block.after is None:
                     self._take(block)
                     self.reserved_bytes -= block.nbytes
-                    self._give_back(block.address, block.nbytes)
 
     def _find(self, size: int, small: bool) -> _Block | None:
         blocks = self._free[small]
@@ -236,30 +237,10 @@ class CachingAllocator:
             nbytes = -(-size // _ROUND_BYTES) * _ROUND_BYTES
         if not self._reserve(nbytes):
             return None
-        block = _Block(self._address(nbytes), nbytes, small=small)
+        self._bottom -= nbytes
+        block = _Block(self._bottom, nbytes, small=small)
         self._put(block)
         return block
-
-    def _address(self, nbytes: int) -> int:
-        """Where cudaMalloc puts a segment: at the end of the highest hole that has room.
-
-        By address the allocator chooses between free blocks of one size. Peaks measured one after
-        another in a process (`benchmarks/data`) are met to the byte with this order and no other.
-        """
-        index = next(i for i in reversed(range(len(self._holes))) if self._holes[i][1] >= nbytes)
-        start, room = self._holes[index]
-        self._holes[index : index + 1] = [(start, room - nbytes)] if room > nbytes else []
-        return start + room - nbytes
-
-    def _give_back(self, start: int, nbytes: int) -> None:
-        insort(self._holes, (start, nbytes))
-        merged: list[tuple[int, int]] = []
-        for hole in self._holes:
-            if merged and sum(merged[-1]) == hole[0]:
-                merged[-1] = merged[-1][0], merged[-1][1] + hole[1]
-            else:
-                merged.append(hole)
-        self._holes = merged
 
     def _extend(self, size: int, small: bool) -> _Block | None:
         """Map pages where free and unmapped blocks in a row have room, lowest address first."""

@@ -262,7 +262,8 @@ class _Run:
         except ValueError as error:
             msg = f"LoRA on {', '.join(plan.target_modules or ())}: {error}"
             raise ConfigurationError(" ".join(msg.split())[:300]) from error
-        if plan.gradient_checkpointing:
+        wanted = settings.input_require_grads
+        if plan.gradient_checkpointing if wanted is None else wanted:
             self._model.enable_input_require_grads()
         for name, parameter in self._model.named_parameters():
             recorder.layer = self._layer_of(name)
