@@ -138,7 +138,7 @@ class Evaluation:
         try:
             return split(inputs, self._limit)
         except CannotActError as error:
-            logger.info("An evaluated batch was not split: %s", error)
+            logger.info("An evaluated batch was not split: %s", str(error))
         return [inputs]
 
     def _loss(self, run: RunStep, parts: list[Any], passes: list[Any], inputs: Any) -> Any:

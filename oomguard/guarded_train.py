@@ -92,7 +92,7 @@ class GuardedTrainings:
         try:
             guard = Guard(trainer, ladder=self._ladder)
         except UnsupportedTrainerError as error:
-            logger.warning("this training is not guarded against out-of-memory: %s", error)
+            logger.warning("this training is not guarded against out-of-memory: %s", str(error))
             return action()
         with guard:
             return hooks.train(trainer, action)

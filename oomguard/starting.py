@@ -22,7 +22,7 @@ def adopt_found(trainer: Any) -> None:
     try:
         found = find_plan(trainer)
     except NothingFitsError as error:
-        logger.warning("find: %s", error)
+        logger.warning("find: %s", str(error))
         return
     before = read_plan(trainer)
     if found.measured is None:

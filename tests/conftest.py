@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -18,3 +19,9 @@ def look_through_little() -> None:
     """The same for what the test modules before have imported and keep."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def forget_the_precision() -> None:
+    """Transformers 4 leaves that of one run's arguments in the environment, for the next run's."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import oomguard
 from oomguard.cli import app
 from tests.test_under_guard import output, write
+from tests.tiny import needs_fused_head
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +80,7 @@ TRAINS = """
 """
 
 
+@needs_fused_head
 def test_diagnose_runs_a_script_up_to_its_training(tmp_path: Path) -> None:
     write(tmp_path / "trains.py", TRAINS)
     done = output(tmp_path, "-m", "oomguard", "diagnose", "trains.py", "there", "--json")

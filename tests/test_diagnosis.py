@@ -30,11 +30,13 @@ def names(trainer: Any) -> list[str]:
     return [finding.name for finding in oomguard.diagnose(trainer).findings]
 
 
+@tiny.needs_fused_head
 @pytest.mark.parametrize("build", [sft, qlora, dpo])
 def test_nothing_is_found_in_trl_as_it_is_by_default(build: Any, tmp_path: Path) -> None:
     assert names(build(tmp_path)) == []
 
 
+@tiny.needs_fused_head
 def test_a_full_fine_tune_in_bfloat16_has_only_moments_that_could_be_smaller(
     tmp_path: Path,
 ) -> None:
@@ -42,6 +44,7 @@ def test_a_full_fine_tune_in_bfloat16_has_only_moments_that_could_be_smaller(
     assert names(sft(tmp_path, lora=None, optim="adamw_8bit")) == []
 
 
+@tiny.needs_fused_head
 def test_trl_loads_a_path_in_float32(tmp_path: Path) -> None:
     assert names(sft(tmp_path, saved())) == ["float32_weights"]
     assert names(sft(tmp_path, saved(), model_init_kwargs={"dtype": "bfloat16"})) == []
@@ -136,6 +139,7 @@ def pitfall_of(case: str) -> str:
     return case.replace(",", "").split()[0]
 
 
+@tiny.needs_fused_head
 @pytest.mark.parametrize("case", PLANTED)
 def test_a_planted_pitfall_is_the_one_that_is_found(case: str, tmp_path: Path) -> None:
     planted, clean = PLANTED[case]
@@ -149,6 +153,7 @@ def test_every_check_is_planted_or_asks_the_device() -> None:
     assert len({pitfall_of(case) for case in PLANTED}) == len(set(CHECKS) - asks)
 
 
+@tiny.needs_fused_head
 def test_what_the_device_says_is_judged(tmp_path: Path) -> None:
     known = setup.read(sft(tmp_path, fp16=True))
     assert known.machine is None
@@ -169,6 +174,7 @@ def test_what_the_device_says_is_judged(tmp_path: Path) -> None:
     assert "expandable_segments_off" not in found(a100, batches=equal)
 
 
+@tiny.needs_fused_head
 def test_what_is_set_and_not_in_force_is_not_found(tmp_path: Path) -> None:
     """A tokenizer's side that TRL's collator does not ask for; a cache that TRL switches off."""
     trainer: Any = sft(tmp_path)
@@ -178,6 +184,7 @@ def test_what_is_set_and_not_in_force_is_not_found(tmp_path: Path) -> None:
     assert names(trainer) == []
 
 
+@tiny.needs_fused_head
 def test_rows_that_stream_are_not_taken(tmp_path: Path) -> None:
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
@@ -188,6 +195,7 @@ def test_rows_that_stream_are_not_taken(tmp_path: Path) -> None:
     assert names(trainer) == []
 
 
+@tiny.needs_fused_head
 def test_the_dearest_comes_first_and_the_unknown_last(tmp_path: Path) -> None:
     model = load(dtype=torch.float32, attn_implementation="eager")
     found = oomguard.diagnose(sft(tmp_path, model, fp16=True)).findings
@@ -197,6 +205,7 @@ def test_the_dearest_comes_first_and_the_unknown_last(tmp_path: Path) -> None:
     assert sizes == [*sorted(known, reverse=True), None]
 
 
+@tiny.needs_fused_head
 def test_a_diagnosis_is_shown_and_written(tmp_path: Path) -> None:
     found = oomguard.diagnose(sft(tmp_path, load(attn_implementation="eager")))
     assert json.loads(json.dumps(found.to_dict())) == {

@@ -11,6 +11,7 @@ import transformers as tf
 import oomguard
 from oomguard.testing import VirtualCard
 from tests.setups import evaluating, half, plain, rows, sft, small
+from tests.tiny import needs_fused_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +154,7 @@ def peak(trainer: Any, *, evaluate: bool) -> int:
     return card.peak_bytes
 
 
+@needs_fused_head
 @pytest.mark.parametrize("case", MEASURED)
 def test_a_finding_costs_what_a_card_measures(case: str, tmp_path: Path) -> None:
     name, planted, clean, tolerance = MEASURED[case]

@@ -12,6 +12,7 @@ from transformers import BertConfig
 from oomguard.find_command import Found, as_json, as_table, find
 from tests.test_cli import invoke
 from tests.test_search import WIDE
+from tests.tiny import needs_fused_head
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,7 @@ def printed(found: Found) -> str:
     return text.get()
 
 
+@needs_fused_head
 def test_json_has_plan_estimate_measured_and_runners_up(model: str) -> None:
     options = ("--quantization", "nf4", "--max-length", "512", "--maximize", "micro_batch_size")
     done = invoke("find", "--model", f"{model}/config.json", "--card", "4GiB", *options, "--json")
@@ -75,6 +77,7 @@ def test_json_of_all_cards_begins_with_the_smallest_that_has_a_plan(of_all_sizes
     assert values["plan"] == first["plan"]
 
 
+@needs_fused_head
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -127,6 +127,7 @@ def world(trainer: Any) -> list[Any]:
     ]
 
 
+@tiny.needs_fused_head
 def test_an_estimate_leaves_the_trainer_and_the_world_alone(tmp_path: Path) -> None:
     trainer = wide(tmp_path, dropout=0.1)
     report = Report(initial_plan=read_plan(trainer), plan=read_plan(trainer), ladder=())

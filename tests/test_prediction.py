@@ -58,6 +58,7 @@ def lora(**changes: Any) -> Plan:
     return Plan(**{**values, "gradient_checkpointing": True, **changes})
 
 
+@tiny.needs_fused_head
 @pytest.mark.parametrize("model", MEASURED)
 def test_a_measured_peak_is_met(model: str) -> None:
     want = MEASURED[model]
@@ -92,6 +93,7 @@ def test_a_further_point_is_what_a_trace_of_its_own_gives(
         assert further.seconds < 0.5 * own.seconds
 
 
+@tiny.needs_fused_head
 @pytest.mark.parametrize("shapes", [((64, 128), (60, 131)), ((1, 6000), (1, 7001))])
 def test_a_further_point_of_as_many_tiles_of_the_head_is_a_replay(
     shapes: tuple[tuple[int, int], ...],
@@ -105,6 +107,7 @@ def test_a_further_point_of_as_many_tiles_of_the_head_is_a_replay(
     assert further.seconds < 0.5 * own.seconds
 
 
+@tiny.needs_fused_head
 def test_repeated_layers_are_what_every_layer_traced_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -116,6 +119,7 @@ def test_repeated_layers_are_what_every_layer_traced_gives(
     assert few.peak_reserved_bytes == every.peak_reserved_bytes
 
 
+@tiny.needs_fused_head
 def test_the_breakdown_adds_up_to_the_reserved_bytes() -> None:
     found = estimate(deep(), lora())
     assert sum(found.breakdown.values()) == found.peak_reserved_bytes
@@ -123,6 +127,7 @@ def test_the_breakdown_adds_up_to_the_reserved_bytes() -> None:
     assert json.loads(json.dumps(found.to_dict()))["breakdown"] == found.breakdown
 
 
+@tiny.needs_fused_head
 def test_a_tied_head_is_counted_once() -> None:
     words = 4096 * 128 * 2
     tied = estimate(deep(vocab_size=4096, tie_word_embeddings=True), lora())
@@ -130,6 +135,7 @@ def test_a_tied_head_is_counted_once() -> None:
     assert apart.breakdown["weights"] - tied.breakdown["weights"] == words
 
 
+@tiny.needs_fused_head
 @pytest.mark.parametrize("expandable", [False, True])
 def test_what_fits_is_replayed_under_the_limit(expandable: bool) -> None:
     found = estimate(deep(), lora(), expandable_segments=expandable)
@@ -168,6 +174,7 @@ _MIXTRAL: dict[str, Any] = {
 }
 
 
+@tiny.needs_fused_head
 def test_a_model_that_cannot_be_traced_gets_a_closed_form_that_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -195,6 +202,7 @@ def _broken(*_: Any, **__: Any) -> None:
     raise RuntimeError(msg)
 
 
+@tiny.needs_fused_head
 def test_an_estimate_leaves_the_process_as_it_was() -> None:
     watched: tuple[Callable[[], Any], ...] = (
         lambda: torch.autocast,
@@ -214,6 +222,7 @@ def test_an_estimate_leaves_the_process_as_it_was() -> None:
     assert [read() for read in watched] == before
 
 
+@tiny.needs_fused_head
 def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
     trainer, twin = (tiny.sft_trainer(tmp_path / name, max_steps=1) for name in ("a", "b"))
     found = estimate(trainer)
@@ -255,6 +264,7 @@ _ON_CPU: dict[str, Any] = {
 }
 
 
+@tiny.needs_fused_head
 @pytest.mark.parametrize(
     ("model", "settings", "said"),
     [
@@ -287,3 +297,14 @@ def test_bitsandbytes_own_rule_chooses_its_kernel() -> None:
     assert fused_4bit(card, torch.bfloat16, few, 4096, 4096)
     assert not fused_4bit(card, torch.bfloat16, many, 4096, 4096)
     assert not fused_4bit(Card.of("12GiB"), torch.bfloat16, few, 4096, 4096)
+
+
+@pytest.mark.skipif(
+    not tiny.needs_fused_head.args[0],
+    reason="this TRL has a fused language-model head",
+)
+def test_a_trl_that_makes_all_logits_is_refused_by_name() -> None:
+    with pytest.raises(ConfigurationError, match="makes all logits at once, which estimates"):
+        estimate(tiny.config(), trainer="sft")
+    plain = estimate(tiny.config(), trainer="trainer", mixed_precision="no", card=CARD)
+    assert (plain.method, plain.notes) == ("traced", ())

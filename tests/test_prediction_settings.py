@@ -8,13 +8,16 @@ import pytest
 from transformers import PreTrainedModel
 
 from benchmarks.prediction import DATA, estimated, rows_of
+from tests.tiny import needs_fused_head
 
 
+@needs_fused_head
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_measured_peak_of_int8_is_met(checkpointing: bool) -> None:
     assert_met({"quantization": "int8"}, gradient_checkpointing=checkpointing)
 
 
+@needs_fused_head
 def test_a_measured_peak_of_dora_with_checkpointing_is_met() -> None:
     assert_met({"quantization": "nf4", "use_dora": True})
 

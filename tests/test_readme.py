@@ -33,7 +33,11 @@ BLOCKS = {
 )
 def test_a_python_block_runs_with_a_trainer_at_hand(block: str, tmp_path: Path) -> None:
     trainer: Any = tiny.sft_trainer(tmp_path, max_steps=2)
-    text = BLOCKS[block] if FUSED_HEAD else BLOCKS[block].replace("40MiB", "4MiB")
+    text = BLOCKS[block]
+    if not FUSED_HEAD:
+        if "estimate(" in text:
+            pytest.skip("TRL makes all logits here, which no estimate models")
+        text = text.replace("40MiB", "4MiB")
     exec(  # noqa: S102 - the text is our own
         compile(text, block, "exec"), {"trainer": trainer, "model": trainer.model}
     )

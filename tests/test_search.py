@@ -67,6 +67,7 @@ def test_what_is_found_on_estimates_fits_and_fills_the_card() -> None:
     assert ("2,048 positions" in " ".join(result.notes)) == (length > 2048)
 
 
+@tiny.needs_fused_head
 def test_the_effective_batch_of_a_model_is_kept_if_it_is_given() -> None:
     result = oomguard.find_plan(
         WIDE, card="H200", maximize="micro_batch_size", gradient_accumulation_steps=2
@@ -75,6 +76,7 @@ def test_the_effective_batch_of_a_model_is_kept_if_it_is_given() -> None:
     assert result.plan.effective_batch_size == 2
 
 
+@tiny.needs_fused_head
 def test_a_card_too_small_for_the_weights_is_refused_with_the_numbers() -> None:
     with pytest.raises(NothingFitsError) as refused:
         oomguard.find_plan(WIDE, card="2GiB")
@@ -117,6 +119,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return Found(result, traces.differences(before, traces.of(trainer, folder)))
 
 
+@tiny.needs_fused_head
 def test_on_a_trainer_the_most_rows_that_ran_are_found(found: Found) -> None:
     result = found.result
     assert result.plan.per_device_train_batch_size == 2
@@ -127,10 +130,12 @@ def test_on_a_trainer_the_most_rows_that_ran_are_found(found: Found) -> None:
     assert 1 <= len(result.trials) <= 4
 
 
+@tiny.needs_fused_head
 def test_a_search_leaves_no_trace(found: Found) -> None:
     assert found.traces == []
 
 
+@tiny.needs_fused_head
 def test_a_result_is_json_a_table_and_code(found: Found) -> None:
     result = found.result
     values = json.loads(json.dumps(result.to_dict()))
@@ -148,6 +153,7 @@ def test_a_result_is_json_a_table_and_code(found: Found) -> None:
     assert made["peft_config"].lora_alpha == 8
 
 
+@tiny.needs_fused_head
 def test_a_freed_setting_that_the_trainer_cannot_change_stays(tmp_path: Path) -> None:
     result = found_on(ALL_ROWS, small(tmp_path, optim="sgd"), free=("optim",))
     assert result.plan.optim == "sgd"
@@ -166,17 +172,20 @@ def test_the_fastest_plan_is_measured(tmp_path: Path) -> None:
     assert all(other.measured is not None for other in result.runners_up)
 
 
+@tiny.needs_fused_head
 def test_a_trainer_that_cannot_be_run_gets_an_estimate_that_says_so(tmp_path: Path) -> None:
     result = oomguard.find_plan(small(tmp_path), card="8GiB")
     assert result.measured is None
     assert "not run, only estimated: there is nothing to measure" in " ".join(result.notes)
 
 
+@tiny.needs_fused_head
 def test_nothing_that_fits_in_any_trial_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NothingFitsError, match="trials ran out of memory: "):
         found_on("1 MiB", small(tmp_path))
 
 
+@tiny.needs_fused_head
 def test_fit_searches_and_then_trains_as_if_the_rows_had_been_set_by_hand(tmp_path: Path) -> None:
     rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     by_hand: Any = twin.sft(tmp_path / "hand", **rows)

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 from trl import DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,6 +129,10 @@ def needs(function: Callable[..., Any], *arguments: str) -> pytest.MarkDecorator
 needs_rows_of_pairs = pytest.mark.skipif(
     not hasattr(DPOTrainer, "_compute_loss"),
     reason="TRL's trainers other than SFT lay out their batches otherwise here",
+)
+needs_fused_head = pytest.mark.skipif(
+    not hasattr(utils, "add_fused_lm_head"),
+    reason="TRL makes all logits here, which no estimate models",
 )
 needs_activation_checkpointing = needs(TrainingArguments, "activation_checkpointing")
 

@@ -17,7 +17,7 @@ from oomguard.prediction import closed_form
 from oomguard.prediction.fit import Fitted
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
-from oomguard.prediction.settings import Settings
+from oomguard.prediction.settings import Settings, check_trl
 from oomguard.prediction.subject import config_of
 from oomguard.prediction.trainer import settings_of
 
@@ -76,11 +76,14 @@ class Predictor:
             card: The card whose constants count: a name, a size or bytes.
 
         Raises:
-            ConfigurationError: The plan contradicts the settings, or `card` is no card.
+            ConfigurationError: The plan contradicts the settings, `card` is no card, or the loss of
+                the installed TRL is not modelled.
         """
         began = time.perf_counter()
         self.settings.check(plan)
         on = Card.of(card)
+        if self.settings.trainer == "sft":
+            check_trl()
         found = self._traced(plan, on)
         method = TRACED if found.timeline is not None else CLOSED_FORM
         return Estimate(

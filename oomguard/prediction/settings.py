@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from oomguard.errors import ConfigurationError
@@ -148,3 +149,19 @@ class Settings:
     def names(cls) -> frozenset[str]:
         """The names of all settings."""
         return frozenset(field.name for field in fields(cls))
+
+
+def check_trl() -> None:
+    """Refuse a TRL whose SFTTrainer makes its loss in a way that is not modelled.
+
+    Raises:
+        ConfigurationError: The installed TRL has no fused language-model head.
+    """
+    from trl.trainer import utils
+
+    if not hasattr(utils, "add_fused_lm_head"):
+        msg = (
+            f"SFTTrainer of trl {version('trl')} makes all logits at once, which estimates do not "
+            "model; install trl 1.16 or newer, or ask for trainer='trainer'"
+        )
+        raise ConfigurationError(msg)

@@ -54,7 +54,8 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
 
         # A fake tensor counts as tracing, under which masks are never left out: right for packed
         # rows, whose documents do not see each other, and for no others.
-        put(masking_utils, is_tracing=lambda *_: packed, fast_all=lambda *_: not padded)
+        if hasattr(masking_utils, "is_tracing"):  # not in transformers 4
+            put(masking_utils, is_tracing=lambda *_: packed, fast_all=lambda *_: not padded)
         put(nn.Module, _apply=_apply)
         put(checkpoint, get_device_states=lambda *_: ([], []))
         put(checkpoint, set_device_states=lambda *_, **__: None)
@@ -70,7 +71,8 @@ def world(card: Card, *, padded: bool, packed: bool) -> Iterator[None]:
             put(torch.amp, autocast=Autocast)
             put(torch.amp.autocast_mode, autocast=Autocast)
             autocast.patch(put)
-            _triton(put)
+            if find_spec("trl.kernels") is not None:  # older ones make the whole logits
+                _triton(put)
             if find_spec("bitsandbytes") is not None:
                 _quantized(put)
         yield

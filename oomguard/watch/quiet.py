@@ -42,6 +42,6 @@ class Quiet:
                 "%s: %s: %s. Training goes on; this is said once.",
                 self._consequence,
                 type(error).__name__,
-                error,
+                str(error),  # the error itself would keep its frames, and all they hold
             )
         return True

@@ -6,7 +6,6 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -118,7 +117,6 @@ class Series:
             "card_total_bytes": self.card_total_bytes,
             "device": self.device,
             "breakdowns": [asdict(entry) for entry in self._breakdowns],
-            "version": version("oomguard"),
         }
         return {_KEY + name: json.dumps(value) for name, value in values.items()}
 
