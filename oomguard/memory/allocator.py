@@ -145,9 +145,8 @@ class CachingAllocator:
             small: [_Block(base, _ADDRESS_BYTES, small=small, mapped=False)] if expandable else []
             for small, base in ((True, 0), (False, _ADDRESS_BYTES))
         }
-        # cudaMalloc hands addresses out from the top. Of free blocks of one size the allocator takes
-        # that of the lowest address: with this order, and not the other way round, a replay meets
-        # peaks measured one after another in a process (benchmarks/series.py).
+        # cudaMalloc hands addresses out from the top; of free blocks of one size the allocator
+        # takes that of the lowest. Only so do replays meet measured peaks (benchmarks/series.py).
         self._bottom = _ADDRESS_BYTES
 
     def malloc(self, key: int, nbytes: int) -> bool:

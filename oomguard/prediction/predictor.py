@@ -19,7 +19,7 @@ from oomguard.prediction.model import meta_model
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings, check_trl
 from oomguard.prediction.subject import config_of
-from oomguard.prediction.trainer import settings_of
+from oomguard.prediction.trainer import model_of, settings_of, untraced_step
 
 if TYPE_CHECKING:
     from oomguard.plan import Plan
@@ -47,12 +47,16 @@ class Predictor:
     Args:
         model: See `estimate`; not a trainer.
         settings: What no plan changes.
+        untraced: Why its steps cannot be traced, and a closed form has to do; `None` if they can.
 
     Raises:
         ConfigurationError: There is no such model, or it has no language-model head.
     """
 
-    def __init__(self, model: Any, settings: Settings | None = None) -> None:
+    def __init__(
+        self, model: Any, settings: Settings | None = None, untraced: str | None = None
+    ) -> None:
+        self._untraced = untraced
         self.config = config_of(model)
         self.settings = settings or Settings()
         self._fitted: dict[Any, Fitted] = {}
@@ -60,13 +64,19 @@ class Predictor:
 
     @classmethod
     def of(cls, trainer: Any) -> Predictor:
-        """The predictor of a live trainer; `oomguard.prediction.trainer.plan_of` is its plan."""
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        return cls(model.config, settings_of(trainer))
+        """The predictor of a live trainer; `oomguard.prediction.trainer.plan_of` is its plan.
+
+        Raises:
+            ConfigurationError: Its model has no language-model head.
+        """
+        model = model_of(trainer)
+        return cls(model.config, settings_of(trainer), untraced_step(trainer))
 
     def under(self, settings: Settings) -> Predictor:
         """The predictor of the same model under other settings."""
-        return self if settings == self.settings else Predictor(self.config, settings)
+        if settings == self.settings:
+            return self
+        return Predictor(self.config, settings, self._untraced)
 
     def at(self, plan: Plan, card: Card | str | int | None = None) -> Estimate:
         """The estimate of `plan`.
@@ -103,6 +113,9 @@ class Predictor:
 
     def _traced(self, plan: Plan, card: Card) -> _Measured:
         rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
+        if self._untraced is not None:
+            # Of preferences, each row is a pair.
+            return self._counted(plan, 2 * rows, self._untraced)
         key = _key(plan, card)
         if key not in self._failed:
             try:

@@ -17,14 +17,7 @@ Entry = tuple[str, Any, int | None]
 """`("a", id, layer)`, `("f", id, layer)`, or `("m", phase, None)`."""
 
 HEAD = "head"
-HANDLE = "handle"
-_ATEN = torch.ops.aten
-_ADD = _ATEN.add.Tensor
-# Ops of cuBLAS, whose handle takes a workspace when a thread asks for it first.
-_PRODUCTS = frozenset(
-    {_ATEN.mm.default, _ATEN.mm.out, _ATEN.addmm.default, _ATEN.addmm.out, _ATEN.bmm.default}
-    | {_ATEN.baddbmm.default, _ATEN.addmm_.default, _ATEN._int_mm.default}
-)
+_ADD = torch.ops.aten.add.Tensor
 
 
 class Recorder(TorchDispatchMode):
@@ -38,8 +31,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         log: What happened; see `Entry`. A phase of `None` releases the allocator's cache.
         nbytes: Bytes of each id.
-        part: `"head"` for ids of the language-model head and the loss, `"handle"` for an id of no
-            bytes that marks the first use of cuBLAS after a mark, else the op.
+        part: `"head"` for ids of the language-model head and the loss, else the op.
         home: The layer that each id belongs to; `None` outside the layers.
         layer: The layer that runs now.
         in_head: Whether the language-model head or the loss runs now.
@@ -66,13 +58,11 @@ class Recorder(TorchDispatchMode):
         self.in_backward = False
         self.stepping = False
         self.paused = False
-        self._asked = False
 
     def mark(self, phase: str | None) -> None:
         """A phase begins here."""
         self.log.append(("m", phase, None))
         self.layer = None
-        self._asked = False
 
     def allocate(self, nbytes: int, op: str) -> int:
         """Record an allocation, and return its id."""
@@ -118,9 +108,6 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        if func in _PRODUCTS and not self._asked:
-            self._asked = True
-            self.part[self.allocate(0, HANDLE)] = HANDLE
         kernel = self._kernels.get(func)
         if kernel is not None:
             with self:
