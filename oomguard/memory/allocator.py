@@ -146,7 +146,7 @@ class CachingAllocator:
             for small, base in ((True, 0), (False, _ADDRESS_BYTES))
         }
         # cudaMalloc hands addresses out from the top; of free blocks of one size the allocator
-        # takes that of the lowest. Only so do replays meet measured peaks (benchmarks/series.py).
+        # takes that of the lowest. Only so do replays meet measured peaks (benchmarks/data).
         self._bottom = _ADDRESS_BYTES
 
     def malloc(self, key: int, nbytes: int) -> bool:
