@@ -164,9 +164,10 @@ def child(what: str, folder: Path, tiny: bool) -> None:
     """One process: the heading, a model to save, or a run, as JSON on standard output."""
     shape, _, number = what.partition(":")
     if what == "heading":
-        found: Any = heading()
+        found = heading()
     elif not number:
-        found = save(config_of(shape_of(shape, tiny)), folder / shape)
+        save(config_of(shape_of(shape, tiny)), folder / shape)
+        found = {"saved": shape}
     else:
         values = shape_of(shape, tiny)
         run = runs_of(shape, tiny)[int(number)]

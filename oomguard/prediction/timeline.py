@@ -25,7 +25,7 @@ def timeline(trace: Trace, deep: Deep, nbytes: list[int], card: Card) -> Timelin
         nbytes: Bytes of each traced id.
         card: Whose workspaces are added: one of the main thread, one of autograd's. A process takes
             them at each thread's first product; here they are there from the first step on, as in
-            every later training of a process. Peaks of first trainings differ by 0.5 % at most.
+            every later training of a process. Peaks of first trainings differ by 0.6 % at most.
     """
     numbers: dict[object, int] = {}
     events: list[Event] = []
