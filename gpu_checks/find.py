@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from gpu_checks.card import GpuSession, VirtualSession
 from gpu_checks.quantized import to_nf4
-from gpu_checks.truth import heading, tokenizer_of, trainer_of
+from gpu_checks.truth import config_of, heading, tokenizer_of
+from gpu_checks.truth_trainer import trainer_of
 from gpu_checks.workload import LLAMA_1B, LLAMA_8B, TINY
 from oomguard.errors import NothingFitsError
 from oomguard.memory.size import format_bytes, parse_bytes
@@ -118,8 +119,8 @@ def trained(row: Row, timeout_s: float) -> Row:
 def measure(row: Row) -> Row:
     """Train two steps of the plan of a row under the limit of its card."""
     model, settings = (CASES | TINY_CASES)[row["case"]][0], Settings(**row["settings"])
-    config = LlamaConfig(**model)
-    tokenizer = tokenizer_of(config)
+    config = config_of({**model, "model_type": "llama"})
+    tokenizer = tokenizer_of(config.vocab_size)
     session: Session = VirtualSession() if row["tiny"] else GpuSession()
     found: Row = {"fitted": True}
     with session, tempfile.TemporaryDirectory() as output:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from oomguard.errors import ConfigurationError
-from oomguard.memory import device, simulated
+from oomguard.memory import simulated
 from oomguard.memory.cards import HOST, Card
+from oomguard.memory.present import present_card
 from oomguard.prediction.result import CLOSED_FORM, TRACED
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Budget:
             found = replace(HOST, name="VirtualCard", total_bytes=total)
             return cls(found, simulated=True, given=card is not None)
         if card is None:
-            named = _here()
+            named = present_card() or Card.of(None)
         if named.total_bytes is None:
             msg = (
                 "there is no GPU here whose memory could be asked for: name a card, such as "
@@ -71,15 +72,3 @@ class Budget:
         if self.simulated:
             return estimate.peak_allocated_bytes <= total
         return estimate.fits(replace(self.card, total_bytes=total))
-
-
-def _here() -> Card:
-    """The first GPU of this process; one without memory where there is none."""
-    found = next(iter(device.devices()), None)
-    if found is None:
-        return Card.of(None)
-    try:
-        known = Card.of(found.name)
-    except ConfigurationError:  # a kind of card that the table does not have
-        known = Card.of(found.total_bytes)
-    return replace(known, name=found.name, total_bytes=found.total_bytes)

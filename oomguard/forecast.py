@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from oomguard import jump, rng
-from oomguard.errors import ConfigurationError
 from oomguard.levers.activations import base_model
 from oomguard.levers.trl_losses import trl_class
 from oomguard.memory import device, simulated
-from oomguard.memory.cards import HOST, Card
+from oomguard.memory.cards import HOST
+from oomguard.memory.present import present_card
 from oomguard.memory.size import format_bytes
 from oomguard.prediction import closed_form
 from oomguard.prediction.model import meta_model
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from oomguard.event import OOMEvent
+    from oomguard.memory.cards import Card
     from oomguard.plan import Plan
     from oomguard.prediction.result import Estimate
     from oomguard.report import Report
@@ -129,11 +130,7 @@ class Forecast:
         """The card whose constants count; `None` for one that is not known."""
         if self._trainer.args.device.type == "cpu":
             return HOST
-        name = device.current_name()
-        try:
-            return None if name is None else Card.of(name)
-        except ConfigurationError:
-            return None
+        return present_card()
 
     def _advised(self, action: Callable[[], T]) -> T | None:
         """What `action` returns, off the device and without a trace; `None` where it fails."""

@@ -34,6 +34,18 @@ def test_blocks_are_rounded_split_and_merged() -> None:
     assert pool.reserved_bytes == 2 * MIB
 
 
+def test_of_free_blocks_of_one_size_the_segment_made_last_is_taken() -> None:
+    pool = CachingAllocator()
+    for key in (0, 1):
+        pool.malloc(key, 20 * MIB)
+    segments = {key: block.address for key, block in pool._used.items()}
+    assert segments[1] < segments[0]
+    for key in (0, 1):
+        pool.free(key)
+    pool.malloc(2, 4 * MIB)
+    assert pool._used[2].address == min(segments.values())
+
+
 def test_a_rest_of_a_mebibyte_stays_with_a_large_block() -> None:
     pool = CachingAllocator()
     pool.malloc(0, 20 * MIB)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
+import bitsandbytes.autograd._functions
 import peft
+import peft.tuners.lora.dora
 import pytest
 import torch
 import trl.trainer.base_trainer
@@ -29,6 +31,7 @@ from transformers import (
     Seq2SeqTrainer,
     Trainer,
     masking_utils,
+    modeling_utils,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
@@ -73,6 +76,12 @@ def test_an_intercepted_method_is_called_upstream_as_the_guard_expects(
 # same there. `testing` is left out: its own tests run every one of them.
 OLDER_TRL = not hasattr(DPOTrainer, "_compute_loss")  # whose other trainers are not split
 ATEN = torch.ops.aten
+# Transformers 4 does not offload, and has no name of its own for it.
+OFFLOADS = (
+    modeling_utils
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else torch.autograd.graph
+)
 MAKES_CONFIG: Any = LlamaConfig
 ONE = torch.ones(1)
 SDPA = ("query", "key", "value")
@@ -131,6 +140,7 @@ PRIVATE: dict[str, Callable[[], Any]] = {
     "_get_output_dir": lambda: (
         list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     ),
+    "_forward_hooks": lambda: len(nn.Linear(1, 1)._forward_hooks) == 0,
     "_indices": lambda: torch.eye(2).to_sparse()._indices().shape == (2, 2),
     "_gradient_checkpointing_func": lambda: checkpoints_by_partial(),
     "_current_frames": lambda: inspect.currentframe() in sys._current_frames().values(),
@@ -248,6 +258,23 @@ UPSTREAM: dict[str, tuple[Any, str]] = {
     "loss.probe": (Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
     "optimizers.on_card": (bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer"),
     "optimizers.on_card, too": (bitsandbytes.optim.optimizer.Optimizer8bit, "fill_qmap"),
+    "optimizers.on_card, once more": (bitsandbytes.optim.optimizer.GlobalOptimManager, "_instance"),
+    "optimizers.on_card, its wait": (bitsandbytes.optim.optimizer, "sync_gpu"),
+    "optimizers.on_card, 8 bits": (bitsandbytes.functional, "optimizer_update_8bit_blockwise"),
+    "optimizers.on_card, 32 bits": (bitsandbytes.functional, "optimizer_update_32bit"),
+    "world._quantized": (bitsandbytes, "matmul"),
+    "world._quantized, DoRA": (peft.tuners.lora.dora, "dequantize_module_weight"),
+    "world._quantized, LoRA": (peft.tuners.lora.layer, "dequantize_module_weight"),
+    "world.world, states": (torch.utils.checkpoint, "get_device_states"),
+    "world.world, states back": (torch.utils.checkpoint, "set_device_states"),
+    "world.world, device": (torch.utils.checkpoint.DefaultDeviceType, "set_device_type"),
+    "world.world, offload": (OFFLOADS, "save_on_cpu"),
+    "world.world, apply": (nn.Module, "_apply"),
+    "kernels.kernels": (torch.ops.bitsandbytes, "gemm_4bit"),
+    "kernels.kernels, rows": (torch.ops.bitsandbytes, "int8_vectorwise_quant"),
+    "kernels.kernels, product": (torch.ops.bitsandbytes, "int8_mixed_scaled_mm"),
+    "int8.matmul": (bitsandbytes.autograd._functions, "MatMul8bitLt"),
+    "trainer._input_grads": (PreTrainedModel, "enable_input_require_grads"),
     "paging.own": (bitsandbytes.functional.GlobalPageManager.get_instance(), "paged_tensors"),
 }
 if not OLDER_TRL:  # transformers 4 stands beside it

@@ -42,7 +42,7 @@ MEASURED: dict[str, dict[str, Any]] = {
     "mistral-7b": {"settings": {"quantization": "nf4"}, "checkpointing": True},
     "llama32-1b": {"settings": {"mixed_precision": "no"}, "checkpointing": True},
     "smollm2-135m": {"settings": {"dtype": "float32", "mixed_precision": "no"}},
-    "qwen25-1.5b": {"settings": {}, "checkpointing": False},
+    "qwen25-1.5b": {"settings": {"input_require_grads": True}, "checkpointing": False},
 }
 
 

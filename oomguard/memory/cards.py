@@ -57,6 +57,25 @@ class Card:
         return None if self.total_bytes is None else max(0, self.total_bytes - self.context_bytes)
 
     @classmethod
+    def measured(cls, name: str, total_bytes: int, context_bytes: int | None = None) -> Card:
+        """A card that is there: what was measured, and for the rest what the table has.
+
+        Args:
+            name: As the driver gives it.
+            total_bytes: Its memory.
+            context_bytes: What the process has of it beside PyTorch's allocator; `None` where the
+                driver does not tell.
+        """
+        try:
+            known = cls.of(name)
+        except ConfigurationError:  # a kind of card that the table does not have
+            known = cls.of(total_bytes)
+        known = replace(known, name=name, total_bytes=total_bytes)
+        if context_bytes is None:
+            return known
+        return replace(known, context_bytes=context_bytes, context_measured=True)
+
+    @classmethod
     def of(cls, card: Card | str | int | None) -> Card:
         """The constants of a card given by name (`"H100"`), by size (`"12GiB"`, bytes) or not.
 

@@ -196,6 +196,17 @@ def _nvml_handle(uuid: str) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
 
+def context_bytes() -> int | None:
+    """What this process has of the current device beside PyTorch's allocator, if the driver tells.
+
+    That is CUDA's context and what other libraries of the process allocate.
+    """
+    with suppress(pynvml.NVMLError):
+        used = process_bytes()
+        return None if used is None else used - torch.cuda.memory_reserved()
+    return None
+
+
 def current_name() -> str | None:
     """The name of the current device; `None` without CUDA."""
     return torch.cuda.get_device_name() if torch.cuda.is_initialized() else None

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from oomguard.errors import ConfigurationError
+from oomguard.memory.present import present_card
 from oomguard.plan import Plan
 from oomguard.prediction.predictor import Predictor
 from oomguard.prediction.settings import Settings
@@ -42,7 +43,8 @@ def estimate(
             the id of a model.
         plan: What is trained. If not given, that of the trainer, or LoRA of rank 16 on all linear
             modules in one row of 1024 tokens.
-        card: The card whose constants count, by name (`"RTX 4090"`) or size (`"12GiB"`, bytes).
+        card: The card whose constants count, by name (`"RTX 4090"`) or size (`"12GiB"`, bytes). If
+            not given, that on which a live trainer trains, as it is measured.
         settings: Fields of `Settings` and of `Plan`, in place of what `plan` or the trainer says;
             `lora_r=None` is a full fine-tune.
 
@@ -54,6 +56,8 @@ def estimate(
     """
     began = time.perf_counter()
     predictor, chosen = asked(model, plan, settings)
+    if card is None and _on_gpu(model):
+        card = present_card()
     result = predictor.at(chosen, card, alone=True)
     return replace(result, seconds=time.perf_counter() - began)
 
@@ -87,7 +91,15 @@ def _consistent(changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
+def _on_gpu(model: Any) -> bool:
+    return _is_trainer(model) and model.args.device.type == "cuda"
+
+
+def _is_trainer(model: Any) -> bool:
+    return hasattr(model, "accelerator") and hasattr(model, "args")
+
+
 def _start(model: Any) -> tuple[Predictor, Plan | None]:
-    if hasattr(model, "accelerator") and hasattr(model, "args"):
+    if _is_trainer(model):
         return Predictor.of(model), plan_of(model)
     return Predictor(model), None

@@ -158,11 +158,13 @@ def _quantized(module: Any, parameter: nn.Parameter, settings: Settings) -> nn.P
 
 
 def _quantized_8bit(module: Any, parameter: nn.Parameter) -> nn.Parameter:
-    """Int8Params._quantize: the weight in float16, then rows of int8 with a scale each."""
+    """Int8Params._quantize: beside what was loaded it in float16, then a scale a row, int8."""
+    loaded = torch.empty(parameter.shape, dtype=parameter.dtype)
     half = torch.empty(parameter.shape, dtype=torch.float16)
-    codes = torch.empty(parameter.shape, dtype=torch.int8)
     scales = torch.empty(parameter.shape[0], dtype=torch.float32)
+    codes = torch.empty(parameter.shape, dtype=torch.int8)
     del half
+    del loaded
     weight: Any = nn.Parameter(codes, requires_grad=False)
     weight.CB, weight.SCB, weight.has_fp16_weights = None, None, False
     module.state.CB, module.state.SCB = weight.data, scales
@@ -176,8 +178,9 @@ def _quantized_4bit(module: Any, parameter: nn.Parameter, settings: Settings) ->
     count, kind = parameter.numel(), settings.quantization
     blocks = -(-count // _BLOCK)
     loaded = torch.empty(parameter.shape, dtype=parameter.dtype)
+    absmax = torch.empty(blocks)
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
-    absmax, code = torch.empty(blocks), torch.empty(16)
+    code = torch.empty(16)
     common: dict[str, Any] = {
         "shape": torch.Size(parameter.shape),
         "code": code,
@@ -187,14 +190,14 @@ def _quantized_4bit(module: Any, parameter: nn.Parameter, settings: Settings) ->
     }
     if settings.double_quant:
         offset, centred = torch.empty(()), torch.empty(blocks)
-        codes = torch.empty(blocks, dtype=torch.uint8)
-        scales, code2 = torch.empty(-(-blocks // _SCALE_BLOCK)), torch.empty(256)
+        scales = torch.empty(-(-blocks // _SCALE_BLOCK))
+        codes, code2 = torch.empty(blocks, dtype=torch.uint8), torch.empty(256)
         nested = QuantState(absmax=scales, code=code2, blocksize=_SCALE_BLOCK, dtype=torch.float32)
         state = QuantState(absmax=codes, offset=offset, state2=nested, **common)
-        del centred
+        del centred, absmax
     else:
         state = QuantState(absmax=absmax, **common)
-    del loaded, absmax
+    del loaded
     weight: Any = nn.Parameter(packed, requires_grad=False)
     weight.quant_state, weight.blocksize, weight.quant_type = state, _BLOCK, kind
     weight.compress_statistics, weight.quant_storage = settings.double_quant, torch.uint8

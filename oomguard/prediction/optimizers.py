@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from functools import partial
@@ -18,10 +19,12 @@ from oomguard.errors import ConfigurationError
 from oomguard.prediction.world import patched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
+# Elements of one chunk of multi_tensor_apply (kChunkSize of MultiTensorApply.cuh).
+_CHUNK = 65536
 # Below this many elements bitsandbytes pages nothing (Optimizer8bit.get_state_buffer).
 _PAGED_FROM = 1e5
 
@@ -69,6 +72,21 @@ def arguments(optim: str) -> Any:
         for field in fields(TrainingArguments)
     }
     return SimpleNamespace(**{**values, "optim": OptimizerNames(optim), "learning_rate": 5e-5})
+
+
+def norm_bytes(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """What `clip_grad_norm_` takes for a moment, once for every type of the gradients.
+
+    foreach_tensor_norm_cuda (ForeachReduceOp.cu) keeps a float32 partial norm for every chunk of
+    the largest tensor, of every tensor.
+
+    Args:
+        tensors: All gradients.
+    """
+    chunks: dict[torch.dtype, list[int]] = defaultdict(list)
+    for tensor in tensors:
+        chunks[tensor.dtype].append(-(-tensor.numel() // _CHUNK))
+    return [4 * len(counts) * max(counts) for counts in chunks.values()]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from oomguard.prediction.model import meta_model
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings, check_trl
 from oomguard.prediction.subject import config_of
-from oomguard.prediction.trainer import fetches_ahead, settings_of
+from oomguard.prediction.trainer import fetches_ahead, model_of, settings_of, untraced_step
 
 if TYPE_CHECKING:
     from oomguard.plan import Plan
@@ -50,14 +50,21 @@ class Predictor:
         model: See `estimate`; not a trainer.
         settings: What no plan changes.
         fetches_ahead: Whether a batch waits while another is trained; it does but in short runs.
+        untraced: Why its steps cannot be traced, and a closed form has to do; `None` if they can.
 
     Raises:
         ConfigurationError: There is no such model, or it has no language-model head.
     """
 
     def __init__(
-        self, model: Any, settings: Settings | None = None, *, fetches_ahead: bool = True
+        self,
+        model: Any,
+        settings: Settings | None = None,
+        *,
+        fetches_ahead: bool = True,
+        untraced: str | None = None,
     ) -> None:
+        self._untraced = untraced
         self.config = config_of(model)
         self.settings = settings or Settings()
         self._fetches_ahead = fetches_ahead
@@ -66,16 +73,25 @@ class Predictor:
 
     @classmethod
     def of(cls, trainer: Any) -> Predictor:
-        """The predictor of a live trainer; `oomguard.prediction.trainer.plan_of` is its plan."""
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        ahead = fetches_ahead(trainer)
-        return cls(model.config, settings_of(trainer), fetches_ahead=ahead)
+        """The predictor of a live trainer; `oomguard.prediction.trainer.plan_of` is its plan.
+
+        Raises:
+            ConfigurationError: Its model has no language-model head.
+        """
+        return cls(
+            model_of(trainer).config,
+            settings_of(trainer),
+            fetches_ahead=fetches_ahead(trainer),
+            untraced=untraced_step(trainer),
+        )
 
     def under(self, settings: Settings) -> Predictor:
         """The predictor of the same model under other settings."""
         if settings == self.settings:
             return self
-        return Predictor(self.config, settings, fetches_ahead=self._fetches_ahead)
+        return Predictor(
+            self.config, settings, fetches_ahead=self._fetches_ahead, untraced=self._untraced
+        )
 
     def at(
         self, plan: Plan, card: Card | str | int | None = None, *, alone: bool = False
@@ -115,6 +131,9 @@ class Predictor:
 
     def _traced(self, plan: Plan, card: Card, *, alone: bool) -> _Measured:
         rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
+        if self._untraced is not None:
+            # Of preferences, each row is a pair.
+            return self._counted(plan, 2 * rows, self._untraced)
         key = _key(plan, card)
         if key not in self._failed:
             try:

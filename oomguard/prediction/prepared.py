@@ -142,7 +142,8 @@ class Prepared:
         except ValueError as error:
             msg = f"LoRA on {', '.join(plan.target_modules or ())}: {error}"
             raise ConfigurationError(" ".join(msg.split())[:300]) from error
-        if plan.gradient_checkpointing:
+        wanted = settings.input_require_grads
+        if plan.gradient_checkpointing if wanted is None else wanted:
             self.model.enable_input_require_grads()
         for name, parameter in self.model.named_parameters():
             recorder.layer = self._layer_of(name)

@@ -42,6 +42,9 @@ class Settings:
             plain Trainer with full logits.
         checkpoint_every_n_layers: With checkpointing on, how many layers share one checkpoint.
         use_reentrant: The form of checkpointing, as in `gradient_checkpointing_kwargs`.
+        input_require_grads: Whether the embeddings' output requires gradients, as after
+            `model.enable_input_require_grads()`. `None`: where it is needed, for adapters under
+            checkpointing.
         expandable_segments: Whether `PYTORCH_ALLOC_CONF` has `expandable_segments:True`.
         prepare_for_kbit: Whether the user calls PEFT's `prepare_model_for_kbit_training`, which
             makes float32 of every weight that is not quantized.
@@ -61,6 +64,7 @@ class Settings:
     trainer: str = "sft"
     checkpoint_every_n_layers: int = 1
     use_reentrant: bool = False
+    input_require_grads: bool | None = None
     expandable_segments: bool = False
     prepare_for_kbit: bool = False
     max_grad_norm: float = 1.0

@@ -138,6 +138,8 @@ class _Run:
                 optimizers.use_foreach(optimizer)
             self._made.autocast()
             self._made.model.train()
+            # Trainer.train begins with Accelerator.free_memory.
+            recorder.mark(None)
             begun = len(recorder.log)
             first = self._passes(passes, shapes[0])
             log = recorder.log[begun:]
@@ -224,6 +226,14 @@ class _Run:
         outputs = self._made.model(**inputs, num_items_in_batch=items)
         return outputs["loss"]
 
+    def _copies(self, gradients: dict[nn.Parameter, int]) -> Iterator[torch.Tensor]:
+        """Every gradient as often as the deep model has it."""
+        for parameter, number in gradients.items():
+            cut = self._made.cut
+            cloned = cut is not None and self._recorder.home[number] == cut.cloned
+            for _ in range(cut.times if cut is not None and cloned else 1):
+                yield parameter
+
     def _step(self, optimizer: Any) -> dict[nn.Parameter, int]:
         """Clip, step, and drop the gradients; the id of each parameter's."""
         recorder, model = self._recorder, self._made.model
@@ -234,6 +244,8 @@ class _Run:
         self._made.kind.update(dict.fromkeys(gradients.values(), "gradients"))
         recorder.stepping = True
         if self._settings.max_grad_norm:
+            for nbytes in optimizers.norm_bytes(self._copies(gradients)):
+                recorder.free(recorder.allocate(nbytes, "norms"))
             nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm)
         optimizer.step()
         recorder.stepping = False

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyarrow import compute
 
+from oomguard.errors import ConfigurationError
 from oomguard.levers import activations
 from oomguard.levers.live import read_plan
+from oomguard.levers.trl_losses import trl_class
 from oomguard.prediction.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,6 +55,30 @@ def fetches_ahead(trainer: Any) -> bool:
     return steps > 2 or (steps == 2 and total > 2)
 
 
+def model_of(trainer: Any) -> Any:
+    """The model of a trainer, without wrappers and adapters.
+
+    Raises:
+        ConfigurationError: It has no language-model head.
+    """
+    model: Any = activations.base_model(trainer)
+    if model.get_output_embeddings() is None:
+        msg = (
+            f"{type(model).__name__} has no language-model head, and estimates are of causal "
+            "language model"
+        )
+        raise ConfigurationError(msg)
+    return model
+
+
+def untraced_step(trainer: Any) -> str | None:
+    """Why the steps of a trainer cannot be traced; `None` where they are SFT's or a Trainer's."""
+    name = trl_class(trainer)
+    if name in {None, "SFTTrainer"}:
+        return None
+    return f"a step of {name} is not SFTTrainer's: pairs of rows are counted, and no second model"
+
+
 def settings_of(trainer: Any) -> Settings:
     """The settings of a live trainer."""
     args, model = trainer.args, activations.base_model(trainer)
@@ -73,20 +99,23 @@ def settings_of(trainer: Any) -> Settings:
         attn_implementation=_attention(model),
         padded=ragged and not packing,
         packing=packing,
-        trainer="sft" if _is_sft(trainer) else "trainer",
+        trainer="sft" if trl_class(trainer) == "SFTTrainer" else "trainer",
         checkpoint_every_n_layers=int(kwargs.get("every_n_layers", 1)),
         use_reentrant=bool(kwargs.get("use_reentrant", False)),
+        input_require_grads=_input_grads(model),
         max_grad_norm=float(args.max_grad_norm or 0.0),
     )
-
-
-def _is_sft(trainer: Any) -> bool:
-    return any(base.__name__ == "SFTTrainer" for base in type(trainer).__mro__)
 
 
 def _lora(trainer: Any) -> Any:
     configs = getattr(activations.peft_model(trainer), "peft_config", None) or {}
     return next(iter(configs.values()), None)
+
+
+def _input_grads(model: Any) -> bool | None:
+    """`True` where a hook lets the embeddings' output require gradients."""
+    hooks = model.get_input_embeddings()._forward_hooks.values()
+    return any("require_grads" in getattr(hook, "__name__", "") for hook in hooks) or None
 
 
 def _attention(model: Any) -> str:
