@@ -42,7 +42,8 @@ class Estimate:
         peak_allocated_bytes: As `torch.cuda.max_memory_allocated()` would give it.
         peak_reserved_bytes: As `torch.cuda.max_memory_reserved()`, where there is room. The cache
             shrinks where there is not: `fits` says whether it would.
-        device_bytes: What the driver shows for the process: reserved bytes and CUDA's context.
+        device_bytes: What the driver shows for the process: reserved bytes, CUDA's context and the
+            kernels that are loaded into it.
         phase: When the peak of allocated bytes is reached: `"load"`, `"forward"`, `"backward"` or
             `"optimizer step"`.
         breakdown: Bytes at that peak by category; with `fragmentation`, which is the rest of
@@ -69,6 +70,11 @@ class Estimate:
     seconds: float
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def usable_bytes(self) -> int | None:
+        """What PyTorch's allocator can have of the card here; `None` where its size is unknown."""
+        return self.card.usable_bytes(quantized=self.settings.is_quantized)
+
     def fits(self, card: Card | str | int) -> bool:
         """Whether it runs through on `card`, which nothing else uses.
 
@@ -81,7 +87,7 @@ class Estimate:
         Raises:
             ConfigurationError: It is not a card.
         """
-        usable_bytes = Card.of(card).usable_bytes
+        usable_bytes = Card.of(card).usable_bytes(quantized=self.settings.is_quantized)
         if usable_bytes is None:
             return False
         if self.peak_reserved_bytes <= usable_bytes or self.timeline is None:
