@@ -8,7 +8,8 @@ Every call of a callback's method is timed, and so is the hook that counts token
 step is the mean time inside them; where other programs want the processor too, its own time tells
 how much of that was theirs. By how much the median step is longer than without them stands
 beside it, and is noisier. What comes once, by starting, saving and ending, is given apart. On a GPU
-it also says whether a reading comes back while the device still works, so without waiting for it.
+one more callback does nothing but have PyTorch tell its counters and start its peaks anew, which no
+reading can do without; and it says whether a reading comes back while the device still works.
 """
 
 from __future__ import annotations
@@ -38,8 +39,19 @@ if TYPE_CHECKING:
 
 Watchers = tuple[type[TrainerCallback], ...]
 
+
+class Counters(TrainerCallback):
+    """Has PyTorch tell its allocator's counters, and drops them."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        torch.cuda.memory_stats_as_nested_dict()
+        torch.cuda.reset_peak_memory_stats()
+
+
 WATCHERS: tuple[Watchers, ...] = (
     (),
+    *([(Counters,)] if torch.cuda.is_available() else []),
     (oomguard.VRAMReporter,),
     (oomguard.LeakDetector,),
     (oomguard.VRAMReporter, oomguard.LeakDetector),
