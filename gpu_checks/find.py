@@ -3,10 +3,10 @@
     python -m gpu_checks.find --output find.json
 
 For every model and card the largest plan is searched for on estimates alone, as on a laptop. Then
-two optimizer steps of it are trained in a process of its own, on random weights, where PyTorch may
-have what the card has beside CUDA's context. A plan that does not fit, or takes less than nine
-tenths of its card, is a failure. Nothing else may run on the GPU meanwhile. `--tiny` runs the same
-on the CPU, on `VirtualCard`s.
+its model, random weights on the disk, is loaded and trained for two optimizer steps in a process of
+its own, where PyTorch may have what CUDA's context leaves of the card. A plan that does not fit, or
+takes less than nine tenths of its card, is a failure. Nothing else may run on the GPU meanwhile.
+`--tiny` runs the same on the CPU, on `VirtualCard`s.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from datasets import disable_progress_bars
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
 from gpu_checks.card import GpuSession, VirtualSession
-from gpu_checks.quantized import to_nf4
-from gpu_checks.truth import config_of, heading, tokenizer_of
-from gpu_checks.truth_trainer import trainer_of
+from gpu_checks.truth import config_of, heading, in_memory, save, tokenizer_of
+from gpu_checks.truth_trainer import loaded, trainer_of
 from gpu_checks.workload import LLAMA_1B, LLAMA_8B, TINY
 from oomguard.errors import NothingFitsError
+from oomguard.memory.cards import Card
 from oomguard.memory.size import format_bytes, parse_bytes
 from oomguard.plan import Plan
 from oomguard.prediction.settings import Settings
@@ -41,6 +41,8 @@ from oomguard.search import Finder
 from oomguard.testing import VirtualCard
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from gpu_checks.card import Session
 
 Row = dict[str, Any]
@@ -91,11 +93,32 @@ def planned(case: str, card: str, finder: Finder, *, tiny: bool) -> Row:
     }
 
 
-def trained(row: Row, timeout_s: float) -> Row:
-    """What the plan of a row takes, measured in a process of its own."""
-    if "plan" not in row:
-        return row
-    command = [sys.executable, "-m", "gpu_checks.find", "--child"]
+def checked(case: str, cards: Sequence[str], timeout_s: float, *, tiny: bool) -> Iterator[Row]:
+    """The rows of one model."""
+    model, settings = (TINY_CASES if tiny else CASES)[case]
+    asked = {"max_length": 1024, "per_device_train_batch_size": 1, **settings}
+    finder = Finder(LlamaConfig(**model), "tokens", (), asked)
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        spawned("save", {"case": case, "folder": folder}, timeout_s)
+        for card in cards:
+            row = {**planned(case, card, finder, tiny=tiny), "folder": folder}
+            if "plan" in row:
+                row = spawned("train", row, timeout_s)
+            del row["folder"]
+            sys.stderr.write(f"{case} {card} {row.get('share') or row.get('ended_by')}\n")
+            yield row
+
+
+def saved(row: Row) -> Row:
+    """Save the model of a case."""
+    model = (CASES | TINY_CASES)[row["case"]][0]
+    save(config_of({**model, "model_type": "llama"}), Path(row["folder"]))
+    return {}
+
+
+def spawned(does: str, row: Row, timeout_s: float) -> Row:
+    """The row with what a process of its own has found."""
+    command = [sys.executable, "-m", "gpu_checks.find", "--child", does]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     began = time.perf_counter()
     try:
@@ -124,11 +147,10 @@ def measure(row: Row) -> Row:
     session: Session = VirtualSession() if row["tiny"] else GpuSession()
     found: Row = {"fitted": True}
     with session, tempfile.TemporaryDirectory() as output:
-        made = built(config, settings, on_cpu=row["tiny"])
-        session.collect()
-        session.limit(row["card_bytes"] - (session.outside_bytes or 0))
+        session.limit(row["card_bytes"] - (0 if row["tiny"] else Card.of("H100").outside_bytes))
         session.peaks()
         try:
+            made = loaded(Path(row["folder"]), settings)
             plan, watch = Plan.from_dict(row["plan"]), TrainerCallback()
             trainer = trainer_of(made, plan, settings, tokenizer, watch, output)
             del made
@@ -146,14 +168,6 @@ def measure(row: Row) -> Row:
         "device_bytes": used + outside_bytes,
         "share": (used + outside_bytes) / row["card_bytes"],
     }
-
-
-def built(config: Any, settings: Settings, *, on_cpu: bool) -> Any:
-    """A model with random weights, made where it is trained."""
-    dtype = getattr(torch, settings.dtype)
-    with torch.device("cpu" if on_cpu else "cuda"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return to_nf4(model, dtype) if settings.quantization == "nf4" else model
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -199,22 +213,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="*", help="these models only")
     parser.add_argument("--cards", nargs="*", help="these cards only, such as 8GiB")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds of one training")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("save", "train"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    if chosen.child:
+    if chosen.child is not None:
         disable_progress_bars()
-        sys.stdout.write(json.dumps(measure(json.loads(sys.stdin.read()))) + "\n")
+        does = {"save": saved, "train": measure}[chosen.child]
+        sys.stdout.write(json.dumps(does(json.loads(sys.stdin.read()))) + "\n")
         return 0
     cases = TINY_CASES if chosen.tiny else CASES
-    rows = []
+    cards = chosen.cards or (TINY_CARDS if chosen.tiny else CARDS)
+    rows: list[Row] = []
     for case in chosen.cases or cases:
-        model, settings = cases[case]
-        asked = {"max_length": 1024, "per_device_train_batch_size": 1, **settings}
-        finder = Finder(LlamaConfig(**model), "tokens", (), asked)
-        for card in chosen.cards or (TINY_CARDS if chosen.tiny else CARDS):
-            row = trained(planned(case, card, finder, tiny=chosen.tiny), chosen.timeout)
-            rows.append(row)
-            sys.stderr.write(f"{case} {card} {row.get('share') or row.get('ended_by')}\n")
+        rows += checked(case, cards, chosen.timeout, tiny=chosen.tiny)
     failed = failures(rows)
     Console(width=140).print(table(rows))
     sys.stdout.writelines(f"FAILED {text}\n" for text in failed)

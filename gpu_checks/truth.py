@@ -160,6 +160,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return out
 
 
+def in_memory() -> str | None:
+    """A folder that is no disk, where there is one."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
 def child(what: str, folder: Path, tiny: bool) -> None:
     """One process: the heading, a model to save, or a run, as JSON on standard output."""
     shape, _, number = what.partition(":")
@@ -199,9 +204,8 @@ def main() -> None:
     if chosen.child is not None:
         child(chosen.child, chosen.out, chosen.tiny)
         return
-    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with (
-        tempfile.TemporaryDirectory(dir=base) as name,
+        tempfile.TemporaryDirectory(dir=in_memory()) as name,
         ThreadPoolExecutor(chosen.at_once) as pool,
     ):
         folder = Path(name)

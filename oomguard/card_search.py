@@ -74,6 +74,8 @@ class CardSearch:
         """The largest plan by the estimates."""
         plans = best(self._space, lambda plan: self._budget.surely_holds(self._ask(plan)))
         if not plans:
+            plans = best(self._space, lambda plan: self._budget.barely_holds(self._ask(plan)))
+        if not plans:
             raise NothingFitsError(self._nothing())
         return self._result(plans[0])
 

@@ -170,8 +170,7 @@ def _needed(estimate: Estimate) -> int:
 def _fits(estimate: Estimate, room: int) -> bool:
     if estimate.card.is_host:
         return estimate.peak_allocated_bytes <= room
-    outside_bytes = estimate.device_bytes - estimate.peak_reserved_bytes
-    return estimate.fits(replace(estimate.card, total_bytes=room + outside_bytes))
+    return estimate.fits(replace(estimate.card, total_bytes=room + estimate.card.outside_bytes))
 
 
 def _smaller(plan: Plan) -> Iterator[Plan]:

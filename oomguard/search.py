@@ -138,7 +138,7 @@ class Finder:
 
     def _under_limit(self, estimate: Estimate) -> Estimate:
         """What it takes of its own card, whose allocator gives cached blocks back in time."""
-        usable_bytes = estimate.usable_bytes
+        usable_bytes = estimate.card.usable_bytes
         if usable_bytes is None or estimate.peak_reserved_bytes <= usable_bytes:
             return estimate
         return self._predictor.at(estimate.plan, estimate.card)

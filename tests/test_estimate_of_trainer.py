@@ -63,8 +63,7 @@ def test_embeddings_that_require_gradients_are_seen_and_cost_memory(tmp_path: Pa
 def test_what_is_measured_of_a_card_stands_in_place_of_the_table() -> None:
     card = Card.measured("NVIDIA A10G", 20 * 2**30, 300 * 2**20)
     assert (card.capability, card.multiprocessors) == ((8, 6), 80)
-    assert card.usable_bytes(quantized=False) == 20 * 2**30 - (300 + 148) * 2**20
-    assert card.usable_bytes(quantized=True) == 20 * 2**30 - (300 + 276) * 2**20
+    assert card.usable_bytes == 20 * 2**30 - (300 + 148) * 2**20
     assert card.context_measured
     other = Card.measured("NVIDIA Something", 10 * 2**30)
     assert (other.total_bytes, other.known, other.context_measured) == (10 * 2**30, False, False)

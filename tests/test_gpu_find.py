@@ -25,11 +25,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def row() -> find.Row:
+def row(tmp_path_factory: pytest.TempPathFactory) -> find.Row:
     model, settings = find.TINY_CASES[CASE]
     asked = {"per_device_train_batch_size": 1, **settings}
     finder = Finder(LlamaConfig(**model), "tokens", (), asked)
-    return find.planned(CASE, "96MiB", finder, tiny=True)
+    folder = str(tmp_path_factory.mktemp("model"))
+    find.saved({"case": CASE, "folder": folder})
+    return {**find.planned(CASE, "96MiB", finder, tiny=True), "folder": folder}
 
 
 def test_a_found_plan_fits_its_card_and_fills_it(row: find.Row) -> None:
@@ -59,7 +61,7 @@ def test_how_much_of_the_card_is_in_use_is_judged(share: float, said: list[str])
 
 
 def test_a_training_that_takes_too_long_is_ended(row: find.Row) -> None:
-    found = find.trained(row, timeout_s=0.01)
+    found = find.spawned("train", row, timeout_s=0.01)
     assert found["ended_by"] == "0 s were over"
 
 

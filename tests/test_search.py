@@ -61,8 +61,8 @@ def test_what_is_found_on_estimates_fits_and_fills_the_card() -> None:
     assert result.measured is None
     assert result.estimate.fits("8GiB")
     assert 0.9 * 8 * GIB <= result.estimate.device_bytes <= 8 * GIB
-    # With more room its cache would have grown beyond: what is said is what the card will show.
-    assert oomguard.estimate(WIDE, result.plan).device_bytes > 8 * GIB
+    # It holds whatever the allocator caches, not only if cached blocks are given back in time.
+    assert oomguard.estimate(WIDE, result.plan).device_bytes <= 8 * GIB
     assert result.pass_tokens == result.plan.per_device_train_batch_size * length
     assert result.pass_tokens > 1024 <= length
     assert ("2,048 positions" in " ".join(result.notes)) == (length > 2048)

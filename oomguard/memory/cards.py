@@ -10,10 +10,9 @@ from oomguard.memory.size import format_bytes, parse_bytes
 _MIB, _GIB = 2**20, 2**30
 # Measured on an H100 right after the first allocation; smaller chips have smaller contexts.
 _CONTEXT_BYTES = 648_871_936
-# By how much an H100's context grew while first runs of processes loaded their kernels: 148 MiB in
-# bfloat16 and float32, 276 MiB on a base in 4 bits (docs/prediction.md).
+# By how much an H100's context grew while a process loaded its kernels in training, in bfloat16 as
+# on a base in 4 bits: `python -m gpu_checks.find`.
 _KERNELS_BYTES = 148 * _MIB
-_QUANTIZED_KERNELS_BYTES = 276 * _MIB
 # getChosenWorkspaceSize of ATen/cuda/CUDABlas: 4096 KiB x 8 on Hopper and later, and
 # 4096 KiB x 2 + 16 KiB x 8 before.
 _WORKSPACE_BYTES = {True: 32 * _MIB, False: 8_519_680}
@@ -55,17 +54,15 @@ class Card:
         """Whether the kernels that run on it are known."""
         return self.capability is not None
 
-    def outside_bytes(self, *, quantized: bool) -> int:
+    @property
+    def outside_bytes(self) -> int:
         """What a training takes beside PyTorch's allocator: CUDA's context with its kernels."""
-        if self.is_host:
-            return 0
-        return self.context_bytes + (_QUANTIZED_KERNELS_BYTES if quantized else _KERNELS_BYTES)
+        return 0 if self.is_host else self.context_bytes + _KERNELS_BYTES
 
-    def usable_bytes(self, *, quantized: bool) -> int | None:
+    @property
+    def usable_bytes(self) -> int | None:
         """What PyTorch's allocator can have of an otherwise idle card."""
-        if self.total_bytes is None:
-            return None
-        return max(0, self.total_bytes - self.outside_bytes(quantized=quantized))
+        return None if self.total_bytes is None else max(0, self.total_bytes - self.outside_bytes)
 
     @classmethod
     def measured(cls, name: str, total_bytes: int, context_bytes: int | None = None) -> Card:

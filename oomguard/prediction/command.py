@@ -25,7 +25,7 @@ def run(model: str, card: str | None, options: dict[str, Any]) -> Estimate:
     """
     with _progress():
         found = estimate(model, card=card, **options)
-    usable_bytes, weights_bytes = found.usable_bytes, found.breakdown["weights"]
+    usable_bytes, weights_bytes = found.card.usable_bytes, found.breakdown["weights"]
     if usable_bytes is not None and weights_bytes > usable_bytes:
         msg = (
             f"the weights alone take {format_bytes(weights_bytes)}, and {Card.of(card).name} has "

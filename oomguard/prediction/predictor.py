@@ -117,8 +117,7 @@ class Predictor:
         return Estimate(
             peak_allocated_bytes=found.peak_allocated_bytes,
             peak_reserved_bytes=found.peak_reserved_bytes,
-            device_bytes=found.peak_reserved_bytes
-            + on.outside_bytes(quantized=self.settings.is_quantized),
+            device_bytes=found.peak_reserved_bytes + on.outside_bytes,
             phase=found.phase,
             breakdown=found.breakdown,
             plan=plan,
@@ -159,7 +158,7 @@ class Predictor:
         if free is None:
             msg = "a replay without a limit ran out of memory"
             raise RuntimeError(msg)
-        under, usable = free, card.usable_bytes(quantized=self.settings.is_quantized)
+        under, usable = free, card.usable_bytes
         if usable is not None and free.peak_reserved_bytes > usable:
             under = replay(timeline, expandable=expandable, limit_bytes=usable) or free
         return _measured(timeline, free, under.peak_reserved_bytes)

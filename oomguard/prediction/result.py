@@ -70,11 +70,6 @@ class Estimate:
     seconds: float
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def usable_bytes(self) -> int | None:
-        """What PyTorch's allocator can have of the card here; `None` where its size is unknown."""
-        return self.card.usable_bytes(quantized=self.settings.is_quantized)
-
     def fits(self, card: Card | str | int) -> bool:
         """Whether it runs through on `card`, which nothing else uses.
 
@@ -87,7 +82,7 @@ class Estimate:
         Raises:
             ConfigurationError: It is not a card.
         """
-        usable_bytes = Card.of(card).usable_bytes(quantized=self.settings.is_quantized)
+        usable_bytes = Card.of(card).usable_bytes
         if usable_bytes is None:
             return False
         if self.peak_reserved_bytes <= usable_bytes or self.timeline is None:
