@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _ATEN = torch.ops.aten
 # Past this many rows bitsandbytes dequantizes on every card (_gemm_4bit_custom_max_m).
 _CUSTOM_ROWS = 1536
+_PREFER_CUDNN = ((9, 0), (10, 0))
+_CUDNN_WIDTH = 128  # of a head, in training: check_cudnn_tensor_shapes
+_CUDNN_BYTES = 256
 
 
 def up(value: int, multiple: int) -> int:
@@ -39,7 +42,7 @@ def kernels(card: Card) -> dict[Any, Kernel]:
         _ATEN._local_scalar_dense.default: _item,
         _ATEN.equal.default: lambda *_: True,
         _ATEN.index.Tensor: _index,
-        _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+        _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward(card),
     }
     if find_spec("bitsandbytes") is not None:
         import bitsandbytes  # noqa: F401 - registers its ops
@@ -78,19 +81,31 @@ def _index(value: Tensor, indices: Any) -> Any:
     return value.new_empty((len(found), *value.shape[mask.ndim :]))
 
 
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mha_bwd of flash_attn/flash_api.cpp: dq, dk, dv, softmax_d, dq_accum, dk and dv per head."""
-    rows, heads, length, width = q.shape
-    kv_heads, kv_length = k.shape[1], k.shape[2]
-    grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
-    padded = up(length, 128)
-    scratch = [q.new_empty((rows, heads, padded), dtype=torch.float32)]
-    scratch.append(q.new_empty((rows, padded, heads, up(width, 32)), dtype=torch.float32))
-    if kv_heads != heads:
-        scratch += [q.new_empty((rows, kv_length, heads, width)) for _ in range(2)]
-    return grads[0], grads[1], grads[2]
+def _flash_backward(card: Card) -> Kernel:
+    """mha_bwd of flash_attn/flash_api.cpp: dq, dk, dv, softmax_d, dq_accum, dk and dv per head.
+
+    Data-center cards since Hopper run cuDNN's kernel (check_prefer_cudnn_attention of
+    sdp_utils.cpp), which takes as much in one block: so the log of an H100's allocator says.
+    """
+    in_one_block = card.capability in _PREFER_CUDNN
+
+    def flash_backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, heads, length, width = q.shape
+        kv_heads, kv_length = k.shape[1], k.shape[2]
+        grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+        padded = up(length, 128)
+        sizes = [rows * heads * padded * 4, rows * padded * heads * up(width, 32) * 4]
+        if kv_heads != heads:
+            sizes += [rows * kv_length * heads * width * q.element_size()] * 2
+        if in_one_block and width <= _CUDNN_WIDTH:
+            sizes = [sum(sizes) + _CUDNN_BYTES]
+        scratch = [q.new_empty(size, dtype=torch.uint8) for size in sizes]
+        del scratch
+        return grads[0], grads[1], grads[2]
+
+    return flash_backward
 
 
 def _efficient_backward(out: Any, grad: Tensor, q: Tensor, *_: Any) -> list[int]:
