@@ -149,12 +149,14 @@ class Recorder(TorchDispatchMode):
     def _accumulates(self, out: torch.Tensor, args: Any) -> bool:
         """Whether autograd adds a second gradient to one that it holds.
 
-        It does so in place, unless the tensors are of a subclass, as fake ones are.
+        It does so in place, unless the tensors are of a subclass, as fake ones are, or the one that
+        it holds shares its storage (can_accumulate_inplace of input_buffer.cpp): a view keeps what
+        it is a view of.
         """
         if not self.in_backward or torch.is_grad_enabled():
             return False
         one, other = args[:2]
-        if not isinstance(other, torch.Tensor) or one.shape != other.shape:
+        if not isinstance(other, torch.Tensor) or one.shape != other.shape or one._is_view():
             return False
         held = self._held.pop(one.untyped_storage()._cdata, None)
         if held is None:
