@@ -93,6 +93,7 @@ def begins_with(op: Any, *names: str) -> bool:
 
 
 PRIVATE: dict[str, Callable[[], Any]] = {
+    "_is_view": lambda: ONE.view(1)._is_view() and not ONE._is_view(),
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_C": lambda: isinstance(torch._C.DisableTorchFunctionSubclass, type),
     "_ForceDispatchKeyGuard": lambda: dispatches_as_before(),

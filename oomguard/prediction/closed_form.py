@@ -27,6 +27,7 @@ _QUANTIZED_BYTES = {True: 0.5 + 1 / 64, False: 0.5 + 4 / 64}
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0, "adafactor": 0}
 _KEPT = 2.5  # of inputs and outputs of linear modules: GPT-2's activation is many ops
 _EMBEDDING_STATE_BYTES = 8  # the Trainer keeps the states of embeddings in 32 bits
+_STACKED = 3  # dimensions of the weights of all experts of a layer
 _SCORE_BYTES = 12  # of attention that is not fused: scores, a softmax, and their gradient
 _ADAFACTOR_COPIES = 4  # float32 temporaries of one weight, at worst of the largest
 MARGIN = 1.1
@@ -69,7 +70,7 @@ def peak(
         "weights": _weights(model, linear, settings),
         "gradients": trained * size,
         "optimizer_state": _state(model, plan, trained, size),
-        "saved_activations": _activations(config, linear, plan, settings, tokens),
+        "saved_activations": _activations(config, model, linear, plan, settings, tokens),
         "logits_and_loss": _logits(config, plan, settings, tokens),
         "workspaces": 2 * 32 * 2**20,
     }
@@ -103,11 +104,19 @@ def _state(model: nn.Module, plan: Plan, trained: int, size: int) -> int:
 
 
 def _activations(
-    config: PretrainedConfig, linear: dict[str, Any], plan: Plan, settings: Settings, tokens: int
+    config: PretrainedConfig,
+    model: nn.Module,
+    linear: dict[str, Any],
+    plan: Plan,
+    settings: Settings,
+    tokens: int,
 ) -> int:
     text, depth = text_config(config), depth_of(config)
     size = 4 if settings.dtype == "float32" or settings.prepare_for_kbit else 2
-    kept = _KEPT * sum(sum(m.weight.shape) for m in linear.values()) * size * tokens
+    # Experts whose weights are one tensor: every token goes through a few of them.
+    chosen = int(getattr(text, "num_experts_per_tok", None) or 1)
+    experts = chosen * sum(sum(p.shape[1:]) for p in model.parameters() if p.ndim == _STACKED)
+    kept = _KEPT * (experts + sum(sum(m.weight.shape) for m in linear.values())) * size * tokens
     heads = int(text.num_attention_heads)
     grouped = (getattr(text, "num_key_value_heads", None) or heads) != heads
     unfused = settings.dtype == "float32" and settings.autocast == "no" and grouped
