@@ -159,7 +159,7 @@ oomguard.fit(trainer)
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 3))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3))])
 def test_a_kill_at_any_moment_leaves_no_torn_checkpoint(seed: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     where = Path(__file__).parents[1]
