@@ -22,6 +22,8 @@ def look_through_little() -> None:
 
 
 @pytest.fixture(autouse=True)
-def forget_the_precision() -> None:
-    """Transformers 4 leaves that of one run's arguments in the environment, for the next run's."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+def forget_earlier_arguments() -> None:
+    """Transformers 4 leaves some of one run's arguments in the environment, for the next run's."""
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")):
+            del os.environ[name]

@@ -52,6 +52,7 @@ def test_json_has_plan_estimate_measured_and_runners_up(model: str) -> None:
     assert values["estimate"]["settings"]["quantization"] == "nf4"
 
 
+@needs_fused_head
 def test_without_a_card_every_size_has_its_line(of_all_sizes: Found) -> None:
     assert list(of_all_sizes) == [f"{size}GiB" for size in (8, 12, 16, 24, 40, 48, 80)]
     lines = [line for line in printed(of_all_sizes).splitlines() if "GiB" in line]
@@ -63,12 +64,14 @@ def test_without_a_card_every_size_has_its_line(of_all_sizes: Found) -> None:
             assert one.estimate.device_bytes <= (one.card.total_bytes or 0)
 
 
+@needs_fused_head
 def test_one_card_gives_the_plan_and_its_code(of_all_sizes: Found) -> None:
     text = printed({"80GiB": of_all_sizes["80GiB"]})
     for part in ("80.00 GiB card", "found", "SFTConfig("):
         assert part in text
 
 
+@needs_fused_head
 def test_json_of_all_cards_begins_with_the_smallest_that_has_a_plan(of_all_sizes: Found) -> None:
     values = json.loads(json.dumps(as_json(of_all_sizes)))
     every = values["cards"]

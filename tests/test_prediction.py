@@ -108,6 +108,7 @@ def test_a_further_point_is_a_replay_whatever_the_chunks_of_the_head(
     assert further.seconds < 0.3
 
 
+@tiny.needs_fused_head
 def test_rows_as_long_as_a_sliding_window_run_as_longer_ones() -> None:
     values = {**_MIXTRAL, "sliding_window": 64, "max_position_embeddings": 512}
     predictor = Predictor(MistralConfig(**values))
@@ -213,6 +214,7 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form_that_says_so(
     assert found.peak_reserved_bytes > found.breakdown["weights"] * closed_form.RESERVED
 
 
+@tiny.needs_fused_head
 def test_the_closed_form_underestimates_no_measured_peak() -> None:
     rows = [row for path in DATA.glob("*.json") for row in rows_of(path)]
     for row in (row for row in rows if "peak_allocated_bytes" in row):

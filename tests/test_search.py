@@ -55,6 +55,7 @@ def small(folder: Path, **changes: Any) -> Any:
     )
 
 
+@tiny.needs_fused_head
 def test_what_is_found_on_estimates_fits_and_fills_the_card() -> None:
     result = oomguard.find_plan(WIDE, card="8GiB", max_length=1024)
     length = result.plan.max_length or 0
