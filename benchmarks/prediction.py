@@ -56,7 +56,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def estimated(row: dict[str, Any]) -> Any:
     """The estimate of a row."""
     predictor = Predictor(config_of(row["config"]), Settings(**row["settings"]))
-    return predictor.at(Plan.from_dict(row["plan"]), CARD, alone=True)
+    return predictor.at(Plan.from_dict(row["plan"]), CARD)
 
 
 def compare(rows: list[dict[str, Any]]) -> tuple[dict[str, list[Any]], list[str]]:

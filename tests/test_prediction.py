@@ -13,7 +13,6 @@ from transformers import (
     BertConfig,
     GPT2Config,
     LlamaConfig,
-    MistralConfig,
     MixtralConfig,
     ViTConfig,
 )
@@ -22,11 +21,8 @@ from benchmarks.prediction import CARD, DATA, config_of, estimated, rows_of
 from oomguard import ConfigurationError, Plan, estimate
 from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
-from oomguard.prediction.chunks import lengthened
-from oomguard.prediction.depth import CHUNK, Deep, NotAlikeError
-from oomguard.prediction.kernels import fused_4bit
+from oomguard.prediction.kernels import Matmul, fused_4bit
 from oomguard.prediction.model import meta_model
-from oomguard.prediction.predictor import Predictor
 from oomguard.prediction.predictor import rows_of as rows_in
 from oomguard.prediction.settings import Settings
 from tests import tiny
@@ -72,80 +68,6 @@ def test_a_measured_peak_is_met(model: str) -> None:
     assert found.method == "traced"
     assert found.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=0.005)
     assert found.peak_reserved_bytes == pytest.approx(row["peak_reserved_bytes"], rel=0.06)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("quantization", "rows_first"), [("none", 2), ("nf4", 1)])
-def test_a_further_point_is_what_a_trace_of_its_own_gives(
-    quantization: str, rows_first: int
-) -> None:
-    settings = Settings(quantization=quantization)
-    predictor = Predictor(deep(), settings)
-    predictor.at(lora(per_device_train_batch_size=rows_first))
-    for rows, length in ((4, 48), (1, 201)):
-        plan = lora(per_device_train_batch_size=rows, max_length=length)
-        further, own = predictor.at(plan), Predictor(deep(), settings).at(plan)
-        assert further.peak_allocated_bytes == own.peak_allocated_bytes
-        assert further.peak_reserved_bytes == own.peak_reserved_bytes
-        assert further.breakdown == own.breakdown
-        assert further.seconds < 0.5 * own.seconds
-
-
-@tiny.needs_fused_head
-@pytest.mark.parametrize("shapes", [((1, 6000), (64, 125)), ((3, 4200), (40, 1001))])
-def test_a_further_point_is_a_replay_whatever_the_chunks_of_the_head(
-    shapes: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = (lora(per_device_train_batch_size=b, max_length=n) for b, n in shapes)
-    predictor = Predictor(deep())
-    predictor.at(first)
-    further = predictor.at(second)
-    monkeypatch.setattr("oomguard.prediction.fit.TRACED", 99)  # every chunk
-    own = Predictor(deep()).at(second, alone=True)
-    assert further.peak_allocated_bytes == own.peak_allocated_bytes
-    assert further.peak_reserved_bytes == own.peak_reserved_bytes
-    assert further.breakdown == own.breakdown
-    assert further.seconds < 0.3
-
-
-@tiny.needs_fused_head
-def test_rows_as_long_as_a_sliding_window_run_as_longer_ones() -> None:
-    values = {**_MIXTRAL, "sliding_window": 64, "max_position_embeddings": 512}
-    predictor = Predictor(MistralConfig(**values))
-    predictor.at(lora(max_length=64))
-    plan = lora(max_length=96)
-    further = predictor.at(plan)
-    own = Predictor(MistralConfig(**values)).at(plan, alone=True)
-    assert further.peak_allocated_bytes == own.peak_allocated_bytes
-    assert further.seconds < 0.5 * own.seconds
-
-
-def test_chunks_that_do_not_behave_alike_are_not_repeated() -> None:
-    made = [((0, n), n) for n in range(4)]
-    alike: list[Any] = [CHUNK, made[1], ((0, 0), -1), CHUNK, made[2], ((0, 1), -1), CHUNK]
-    ended = ["forward", made[0], *alike, ((0, 2), -1)]
-    longer = lengthened(Deep(ended), 2).events
-    frees = [key for key, source in (e for e in longer if isinstance(e, tuple)) if source < 0]
-    allocations = [
-        key for key, source in (e for e in longer if isinstance(e, tuple)) if source >= 0
-    ]
-    assert frees == allocations
-    assert len(frees) == 5
-    other = [made[3] if event == ((0, 1), -1) else event for event in ended]
-    with pytest.raises(NotAlikeError):
-        lengthened(Deep(other), 1)
-
-
-@tiny.needs_fused_head
-def test_repeated_layers_are_what_every_layer_traced_gives(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plan = lora(gradient_checkpointing=False)
-    few = Predictor(deep()).at(plan, alone=True)
-    monkeypatch.setattr("oomguard.prediction.prepared.cut", lambda *_: None)
-    every = Predictor(deep()).at(plan, alone=True)
-    assert few.peak_allocated_bytes == every.peak_allocated_bytes
-    assert few.peak_reserved_bytes == every.peak_reserved_bytes
 
 
 @tiny.needs_fused_head
@@ -208,7 +130,7 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form_that_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.nn.functional, "silu", _broken)
-    found = estimate(deep(), lora())
+    found = estimate(deep(vocab_size=176), lora())  # not traced before
     assert found.method == "closed form"
     assert "LlamaForCausalLM could not be traced (RuntimeError: no such kernel)" in found.notes[0]
     assert found.peak_reserved_bytes > found.breakdown["weights"] * closed_form.RESERVED
@@ -292,10 +214,10 @@ def test_cards_are_known_by_name_and_by_size() -> None:
 
 def test_bitsandbytes_own_rule_chooses_its_kernel() -> None:
     card = Card.of(CARD)
-    few, many = 4, 2048
-    assert fused_4bit(card, torch.bfloat16, few, 4096, 4096)
-    assert not fused_4bit(card, torch.bfloat16, many, 4096, 4096)
-    assert not fused_4bit(Card.of("12GiB"), torch.bfloat16, few, 4096, 4096)
+    few = Matmul(torch.bfloat16, rows=4, outputs=4096, width=4096, blocksize=64)
+    assert fused_4bit(card, few)
+    assert not fused_4bit(card, few._replace(rows=2048))
+    assert not fused_4bit(Card.of("12GiB"), few)
 
 
 @pytest.mark.skipif(

@@ -1,8 +1,8 @@
-"""More chunks of TRL's language-model head than a trace has.
+"""Another number of chunks of TRL's language-model head than a trace has.
 
 The head goes through the tokens in chunks of 4096, and does the same for each. A trace has three,
-of which the last may be shorter: what happens between the first two is repeated as often as wanted.
-A copy that frees what its predecessor made frees it of its own predecessor.
+of which the last is shorter. More of them repeat what happens between the first two; fewer leave
+it out, and what was left for a chunk by the one before it is then left by an earlier one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ CHUNK_TOKENS = 4096  # TRL's TOKEN_CHUNK_SIZE
 TRACED = 3
 
 
-def chunks_of(rows: int, length: int) -> int:
+def chunks_of(rows: int, length: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
     """Chunks of a pass: the last token of a row predicts nothing."""
-    return -(-rows * (length - 1) // CHUNK_TOKENS)
+    return -(-rows * (length - 1) // chunk_tokens)
 
 
-def lengthened(deep: Deep, more: int) -> Deep:
-    """`deep`, whose heads go through `TRACED` chunks, with `more` of them.
+def with_chunks(deep: Deep, chunks: int) -> Deep:
+    """`deep`, whose heads go through `TRACED` chunks, with another number of them.
 
     Raises:
         NotAlikeError: The chunks of a head do not behave alike.
@@ -30,15 +30,15 @@ def lengthened(deep: Deep, more: int) -> Deep:
     phase: list[Event] = []
     for event in deep.events:
         if event is None or isinstance(event, str):
-            events += _lengthened(phase, more)
+            events += _rechunked(phase, chunks)
             events.append(event)
             phase = []
         else:
             phase.append(event)
-    return Deep(events + _lengthened(phase, more))
+    return Deep(events + _rechunked(phase, chunks))
 
 
-def _lengthened(events: list[Event], more: int) -> list[Event]:
+def _rechunked(events: list[Event], chunks: int) -> list[Event]:
     """The same for one phase, which has one head or none."""
     at = [index for index, event in enumerate(events) if event is CHUNK]
     if not at:
@@ -48,6 +48,10 @@ def _lengthened(events: list[Event], more: int) -> list[Event]:
         raise NotAlikeError(msg)
     first, second, third = at
     period = _Period.of(events[first + 1 : second], events[second + 1 : third])
+    if chunks < TRACED:
+        left = events[second + 1 :] if chunks == TRACED - 1 else events[third + 1 :]
+        return [*events[: first + 1], *period.without(left, TRACED - chunks)]
+    more = chunks - TRACED
     copies = [period.copy(number) for number in range(1, more + 1)]
     rest = [period.renamed(event, more) for event in events[second + 1 :]]
     return [*events[: second + 1], *(event for copy in copies for event in copy), *rest]
@@ -59,13 +63,13 @@ class _Period:
 
     Attributes:
         events: Allocations and frees.
-        made: The keys that are allocated here.
         later: Of each key that is freed here and was made in the chunk before, the one made here
             that the chunk behind frees in its place.
+        made: The keys that are allocated here, each with the one that the chunk behind has there.
     """
 
     events: list[tuple[Key, int]]
-    made: set[Key]
+    made: dict[Key, Key]
     later: dict[Key, Key]
 
     @classmethod
@@ -74,7 +78,7 @@ class _Period:
         msg = "the chunks of the head are not alike"
         if len(events) != len(behind):
             raise NotAlikeError(msg)
-        found, made, later = [], set[Key](), dict[Key, Key]()
+        found, made, later = [], dict[Key, Key](), dict[Key, Key]()
         for one, other in zip(events, behind, strict=True):
             if not isinstance(one, tuple) or not isinstance(other, tuple):
                 raise NotAlikeError(msg)
@@ -82,10 +86,10 @@ class _Period:
                 raise NotAlikeError(msg)
             found.append(one)
             if one[1] >= 0:
-                made.add(one[0])
+                made[one[0]] = other[0]
             elif one[0] not in made:
                 later[one[0]] = other[0]
-        left = made - {key for key, source in found if source < 0}
+        left = made.keys() - {key for key, source in found if source < 0}
         if left != set(later.values()):
             raise NotAlikeError(msg)
         return cls(found, made, later)
@@ -99,6 +103,16 @@ class _Period:
         if copies and isinstance(event, tuple) and event[0] in self.made:
             return ("copy", copies, event[0]), event[1]
         return event
+
+    def without(self, events: list[Event], missing: int) -> list[Event]:
+        """Events behind one or two periods that are missing: what those were left is left."""
+        left = {later: key for key, later in self.later.items()}
+        if missing > 1:
+            left = {self.made[later]: key for later, key in left.items()}
+        return [
+            (left.get(event[0], event[0]), event[1]) if isinstance(event, tuple) else event
+            for event in events
+        ]
 
     def _key(self, key: Key, number: int) -> Key:
         if key in self.later:

@@ -58,7 +58,7 @@ def estimate(
     predictor, chosen = asked(model, plan, settings)
     if card is None and _on_gpu(model):
         card = present_card()
-    result = predictor.at(chosen, card, alone=True)
+    result = predictor.at(chosen, card)
     return replace(result, seconds=time.perf_counter() - began)
 
 

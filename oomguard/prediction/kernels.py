@@ -7,10 +7,12 @@ bitsandbytes (backends/cuda/ops.py).
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +20,13 @@ from torch import Tensor
 from oomguard.prediction import int8
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from oomguard.memory.cards import Card
-    from oomguard.prediction.recorder import Kernel, Workspace
+    from oomguard.prediction.recorder import Recorder
+
+Kernel = Callable[..., Any]
+"""Stands in for an op, and what it allocates is recorded; `NotImplemented` leaves it to the op."""
+Workspace = Callable[..., list[int]]
+"""Bytes that an op's kernel allocates for itself, by `(out, *arguments)`."""
 
 _ATEN = torch.ops.aten
 # Past this many rows bitsandbytes dequantizes on every card (_gemm_4bit_custom_max_m).
@@ -36,19 +41,34 @@ def up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def kernels(card: Card) -> dict[Any, Kernel]:
-    """Ops that a trace must answer for the card."""
+class Matmul(NamedTuple):
+    """A product with a 4-bit weight, before which bitsandbytes may dequantize it."""
+
+    dtype: torch.dtype
+    rows: int
+    outputs: int
+    width: int
+    blocksize: int
+
+
+def kernels(card: Card, recorder: Recorder) -> dict[Any, Kernel]:
+    """Ops that a trace must answer for the card.
+
+    Args:
+        card: Which card.
+        recorder: Told what is special about the memory that they take.
+    """
     table: dict[Any, Kernel] = {
         _ATEN._local_scalar_dense.default: _item,
         _ATEN.equal.default: lambda *_: True,
         _ATEN.index.Tensor: _index,
-        _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward(card),
+        _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward(card, recorder),
     }
     if find_spec("bitsandbytes") is not None:
         import bitsandbytes  # noqa: F401 - registers its ops
 
         ops = torch.ops.bitsandbytes
-        table[ops.gemm_4bit.default] = _gemm_4bit(card)
+        table[ops.gemm_4bit.default] = _gemm_4bit(recorder)
         table[ops.int8_vectorwise_quant.default] = int8.vectorwise_quant
         table[ops.int8_mixed_scaled_mm.default] = int8.mixed_scaled_mm
     return table
@@ -81,7 +101,7 @@ def _index(value: Tensor, indices: Any) -> Any:
     return value.new_empty((len(found), *value.shape[mask.ndim :]))
 
 
-def _flash_backward(card: Card) -> Kernel:
+def _flash_backward(card: Card, recorder: Recorder) -> Kernel:
     """mha_bwd of flash_attn/flash_api.cpp: dq, dk, dv, softmax_d, dq_accum, dk and dv per head.
 
     Data-center cards since Hopper run cuDNN's kernel (check_prefer_cudnn_attention of
@@ -99,9 +119,11 @@ def _flash_backward(card: Card) -> Kernel:
         sizes = [rows * heads * padded * 4, rows * padded * heads * up(width, 32) * 4]
         if kv_heads != heads:
             sizes += [rows * kv_length * heads * width * q.element_size()] * 2
-        if in_one_block and width <= _CUDNN_WIDTH:
-            sizes = [sum(sizes) + _CUDNN_BYTES]
-        scratch = [q.new_empty(size, dtype=torch.uint8) for size in sizes]
+        one = in_one_block and width <= _CUDNN_WIDTH
+        if one:
+            sizes.append(_CUDNN_BYTES)
+        with recorder.in_one_block() if one else nullcontext():
+            scratch = [q.new_empty(size, dtype=torch.uint8) for size in sizes]
         del scratch
         return grads[0], grads[1], grads[2]
 
@@ -117,8 +139,8 @@ def _efficient_backward(out: Any, grad: Tensor, q: Tensor, *_: Any) -> list[int]
     return [delta, rows * heads * up(length, 64) * up(width, 64) * 4]
 
 
-def _gemm_4bit(card: Card) -> Kernel:
-    """Bitsandbytes' choice: a fused kernel for few rows, else dequantize and multiply."""
+def _gemm_4bit(recorder: Recorder) -> Kernel:
+    """Dequantize and multiply; bitsandbytes' fused kernel takes nothing but its result."""
 
     def gemm_4bit(
         a: Tensor,
@@ -133,13 +155,11 @@ def _gemm_4bit(card: Card) -> Kernel:
         **__: Any,
     ) -> Tensor:
         width, outputs = a.shape[-1], shape[0]
-        rows = a.numel() // width
-        if fused_4bit(card, a.dtype, rows, outputs, width, blocksize):
-            return a.contiguous().new_empty((*a.shape[:-1], outputs))
-        if absmax_8bit is not None:
-            scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
-            absmax = scales + 0.0  # the offset
-        weight = a.new_empty(tuple(shape))
+        with recorder.dequantizing(Matmul(a.dtype, a.numel() // width, outputs, width, blocksize)):
+            if absmax_8bit is not None:
+                scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
+                absmax = scales + 0.0  # the offset
+            weight = a.new_empty(tuple(shape))
         out = torch.nn.functional.linear(a, weight, bias)
         del absmax, weight
         return out
@@ -147,16 +167,14 @@ def _gemm_4bit(card: Card) -> Kernel:
     return gemm_4bit
 
 
-def fused_4bit(
-    card: Card, dtype: torch.dtype, rows: int, outputs: int, width: int, blocksize: int = 64
-) -> bool:
+def fused_4bit(card: Card, by: Matmul) -> bool:
     """Whether bitsandbytes multiplies without dequantizing; no, where the card is unknown."""
-    if rows > _CUSTOM_ROWS or width % blocksize or card.capability is None:
+    if by.rows > _CUSTOM_ROWS or by.width % by.blocksize or card.capability is None:
         return False
     if card.multiprocessors is None:
         return False
-    choose = _heuristic()
-    return bool(choose((card.multiprocessors, *card.capability), dtype, rows, outputs, width))
+    props = (card.multiprocessors, *card.capability)
+    return bool(_heuristic()(props, by.dtype, by.rows, by.outputs, by.width))
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -46,6 +47,8 @@ class _Measured:
 class Predictor:
     """Estimates plans of one model; what was traced for one plan serves the next.
 
+    Predictors of the same model and settings share their traces.
+
     Args:
         model: See `estimate`; not a trainer.
         settings: What no plan changes.
@@ -68,7 +71,8 @@ class Predictor:
         self.config = config_of(model)
         self.settings = settings or Settings()
         self._fetches_ahead = fetches_ahead
-        self._fitted: dict[Any, Fitted] = {}
+        described = f"{type(self.config)} {self.config.to_json_string()}"
+        self._fitted = _traces(described, self.settings)
         self._failed: dict[Any, str] = {}
 
     @classmethod
@@ -93,15 +97,12 @@ class Predictor:
             self.config, settings, fetches_ahead=self._fetches_ahead, untraced=self._untraced
         )
 
-    def at(
-        self, plan: Plan, card: Card | str | int | None = None, *, alone: bool = False
-    ) -> Estimate:
+    def at(self, plan: Plan, card: Card | str | int | None = None) -> Estimate:
         """The estimate of `plan`.
 
         Args:
             plan: What is trained. `max_length` is the length of the longest row; 1024 if `None`.
             card: The card whose constants count: a name, a size or bytes.
-            alone: Whether no other batch or length will be asked for: half the time, then.
 
         Raises:
             ConfigurationError: The plan contradicts the settings, `card` is no card, or the loss of
@@ -112,7 +113,7 @@ class Predictor:
         on = Card.of(card)
         if self.settings.trainer == "sft":
             check_trl()
-        found = self._traced(plan, on, alone=alone)
+        found = self._traced(plan, on)
         method = TRACED if found.timeline is not None else CLOSED_FORM
         return Estimate(
             peak_allocated_bytes=found.peak_allocated_bytes,
@@ -129,7 +130,7 @@ class Predictor:
             timeline=found.timeline,
         )
 
-    def _traced(self, plan: Plan, card: Card, *, alone: bool) -> _Measured:
+    def _traced(self, plan: Plan, card: Card) -> _Measured:
         rows, length = rows_of(plan), plan.max_length or DEFAULT_LENGTH
         if self._untraced is not None:
             # Of preferences, each row is a pair.
@@ -139,7 +140,7 @@ class Predictor:
             try:
                 if key not in self._fitted:
                     self._fitted[key] = Fitted(self.config, plan, self.settings, card)
-                timeline = self._fitted[key].timeline(rows, length, alone=alone)
+                timeline = self._fitted[key].timeline(rows, length)
                 if card.is_host:
                     held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)
                     return _uncached(in_loop(timeline, held))
@@ -176,6 +177,12 @@ class Predictor:
         name = type(model).__name__
         note = f"{name} could not be traced ({reason}); the figures are a closed form"
         return _Measured(None, allocated, reserved, "backward", parts, (note,))
+
+
+@lru_cache(maxsize=4)
+def _traces(config: str, settings: Settings) -> dict[Any, Fitted]:
+    """Where what is traced of a model is kept for the next estimate of it."""
+    return {}
 
 
 def _uncached(timeline: Timeline) -> _Measured:

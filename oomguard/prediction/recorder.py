@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Kernel = Callable[..., Any]
-"""Stands in for an op, and what it allocates is recorded; `NotImplemented` leaves it to the op."""
-Workspace = Callable[..., list[int]]
-"""Bytes that an op's kernel allocates for itself, by `(out, *arguments)`."""
+from oomguard.prediction import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from oomguard.memory.cards import Card
+    from oomguard.prediction.kernels import Matmul
+
 Entry = tuple[str, Any, int | None]
 """`("a", id, layer)`, `("f", id, layer)`, `("m", phase, None)`, or `("c", None, None)`, a chunk of
 the language-model head."""
 
 HEAD = "head"
 _ADD = torch.ops.aten.add.Tensor
+_META = torch.device("meta")
+_DEVICE = torch.ops.prim.device.default
 
 
 class Recorder(TorchDispatchMode):
     """Writes the log of a trace.
 
     Args:
-        kernels: Ops that run otherwise on a card, and what they allocate there.
-        workspaces: Ops whose kernels allocate memory that their results do not show.
+        card: Whose kernels run.
         count_scalars: Whether scalars made inside an optimizer step are on the card.
 
     Attributes:
@@ -39,15 +44,16 @@ class Recorder(TorchDispatchMode):
         in_backward: Whether autograd's backward runs now.
         stepping: Whether the optimizer runs now.
         paused: Whether nothing is recorded now.
+        dequantized: The product of each id that is only taken if the product is not fused.
+        blocks: Ids that are parts of one allocation.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(
-        self, kernels: dict[Any, Kernel], workspaces: dict[Any, Workspace], *, count_scalars: bool
-    ) -> None:
+    def __init__(self, card: Card, *, count_scalars: bool) -> None:
         super().__init__()
-        self._kernels, self._workspaces = kernels, workspaces
+        self._kernels = kernels.kernels(card, self)
+        self._workspaces = kernels.workspaces()
         self._count_scalars = count_scalars
         self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
         self.log: list[Entry] = []
@@ -59,6 +65,9 @@ class Recorder(TorchDispatchMode):
         self.in_backward = False
         self.stepping = False
         self.paused = False
+        self.dequantized: dict[int, Matmul] = {}
+        self.blocks: list[range] = []
+        self._matmul: Matmul | None = None
 
     def mark(self, phase: str | None) -> None:
         """A phase begins here."""
@@ -76,7 +85,23 @@ class Recorder(TorchDispatchMode):
         self.part.append(HEAD if self.in_head else op)
         self.home.append(self.layer)
         self.log.append(("a", number, self.layer))
+        if self._matmul is not None:
+            self.dequantized[number] = self._matmul
         return number
+
+    @contextmanager
+    def dequantizing(self, matmul: Matmul) -> Iterator[None]:
+        """What is allocated inside is only taken if `matmul` is not fused."""
+        self._matmul = matmul
+        yield
+        self._matmul = None
+
+    @contextmanager
+    def in_one_block(self) -> Iterator[None]:
+        """What is allocated inside are parts of one allocation."""
+        first = len(self.nbytes)
+        yield
+        self.blocks.append(range(first, len(self.nbytes)))
 
     def free(self, number: int) -> None:
         """Record the free of an id."""
@@ -88,6 +113,13 @@ class Recorder(TorchDispatchMode):
         tables: tuple[list[Any], ...] = self.nbytes, self.part, self.home
         for table in tables:
             table.extend(table[ids.start : ids.stop])
+        again = {new[old]: by for old, by in self.dequantized.items() if old in new}
+        self.dequantized.update(again)
+        self.blocks += [
+            range(new[block.start], new[block.start] + len(block))
+            for block in self.blocks
+            if block.start in new
+        ]
         for kind, what, layer in log:
             if kind in {"m", "c"}:
                 self.log.append((kind, what, layer))
@@ -110,6 +142,9 @@ class Recorder(TorchDispatchMode):
         self._held.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked for more often than all else
+            fake = args[0]
+            return _META if fake.fake_mode.in_kernel_invocation else fake.fake_device
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)

@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oomguard.prediction import kernels, optimizers
+from oomguard.prediction import optimizers
 from oomguard.prediction.follow import sft_stand_in
 from oomguard.prediction.prepared import Prepared
 from oomguard.prediction.recorder import Entry, Recorder
-from oomguard.prediction.world import world
+from oomguard.prediction.world import patched, world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PretrainedConfig
 
     from oomguard.memory.cards import Card
     from oomguard.plan import Plan
+    from oomguard.prediction.kernels import Matmul
     from oomguard.prediction.layers import Cut
     from oomguard.prediction.settings import Settings
 
-Shape = tuple[int, int]
-"""Rows, and tokens of each."""
+
+class Shape(NamedTuple):
+    """Of a pass.
+
+    Attributes:
+        rows: Of the batch.
+        length: Tokens of each.
+        chunk_tokens: Tokens that TRL's language-model head takes at once.
+    """
+
+    rows: int
+    length: int
+    chunk_tokens: int
+
+
 LOAD, FORWARD, BACKWARD, STEP = "load", "forward", "backward", "optimizer step"
 END = "end of step"
 
@@ -50,6 +65,8 @@ class Trace:
         sized: The ids of the first step's passes, in order.
         alike: Ids of the second step's passes, each with the one of the first step that it repeats.
         probes: Bytes of the ids of `sized` in passes of other shapes.
+        dequantized: The product of each id that is only taken if the product is not fused.
+        blocks: Ids that are parts of one allocation.
     """
 
     log: list[Entry]
@@ -62,6 +79,8 @@ class Trace:
     sized: list[int]
     alike: dict[int, int]
     probes: list[list[int]]
+    dequantized: dict[int, Matmul]
+    blocks: list[range]
 
 
 def trace(
@@ -80,7 +99,7 @@ def trace(
         plan: What is trained.
         settings: What is trained, besides the plan.
         card: On which.
-        shapes: Rows and tokens of each.
+        shapes: Of the passes.
         whole: Whether every layer is traced, not the few that stand for all.
 
     Raises:
@@ -89,7 +108,7 @@ def trace(
     paged: list[int] = []
     args = optimizers.arguments(plan.optim or "adamw_torch_fused")
     fused = "fused" in args.optim.value or card.is_host
-    recorder = Recorder(kernels.kernels(card), kernels.workspaces(), count_scalars=fused)
+    recorder = Recorder(card, count_scalars=fused)
     padded, packed = settings.padded, settings.packing
     with (
         _quiet(),
@@ -149,7 +168,7 @@ class _Run:
             self._take_gradients({p: again[number] for p, number in gradients.items()})
             self._step(optimizer)
             recorder.mark("end")
-            logged = len(recorder.log)
+            logged, made = len(recorder.log), len(recorder.nbytes)
             probes = []
             for shape in shapes[1:]:
                 probes.append(self._passes(passes, shape))
@@ -166,14 +185,25 @@ class _Run:
             sized=list(first),
             alike={new: old for old, new in again.items()},
             probes=[[recorder.nbytes[i] for i in probe] for probe in probes],
+            dequantized=recorder.dequantized,
+            blocks=[block for block in recorder.blocks if block.stop <= made],
         )
 
     def _passes(self, passes: int, shape: Shape) -> range:
         """The ids of the passes of one step."""
         first = len(self._recorder.nbytes)
         for _ in range(passes):
-            self._pass(*shape)
+            with self._in_chunks(shape.chunk_tokens):
+                self._pass(shape.rows, shape.length)
         return range(first, len(self._recorder.nbytes))
+
+    def _in_chunks(self, tokens: int) -> AbstractContextManager[None]:
+        """TRL's language-model head takes as many tokens at once."""
+        if self._settings.trainer != "sft":
+            return nullcontext()
+        import trl.kernels.chunked_logprob as head
+
+        return patched(head, TOKEN_CHUNK_SIZE=tokens)
 
     def _take_gradients(self, numbers: dict[nn.Parameter, int]) -> None:
         recorder = self._recorder
