@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ import oomguard
 from oomguard import cli_options as options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 app = typer.Typer(
     name="oomguard",
@@ -35,6 +36,11 @@ class LadderName(StrEnum):
     EXACT_FIRST = "exact_first"
 
 
+# Everything after the script is the script's, also what looks like an option of ours.
+_SCRIPT: dict[str, Any] = {"allow_interspersed_args": False, "ignore_unknown_options": False}
+Script = Annotated[str, typer.Argument(help="The script; with -m, the name of a module.")]
+Arguments = Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")]
+Module = Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -63,6 +69,20 @@ def _check_script(script: str, *, module: bool) -> None:
         raise typer.BadParameter(msg)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected: a million objects are imported, and looking through them takes long.
+
+    The last look is at the end of the process, which takes a second: what is frozen is left out.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _show(shown: Any, as_json: Callable[[], Any], *, json_: bool) -> None:
     """What a command found: its JSON if asked for, else as `rich` prints it."""
     if json_:
@@ -73,18 +93,12 @@ def _show(shown: Any, as_json: Callable[[], Any], *, json_: bool) -> None:
         Console().print(shown)
 
 
-# Everything after the script is the script's, also what looks like an option of ours.
-@app.command(
-    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
-    no_args_is_help=True,
-)
+@app.command(context_settings=_SCRIPT, no_args_is_help=True)
 def run(
-    script: Annotated[str, typer.Argument(help="The script; with -m, the name of a module.")],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="The script's own arguments.")
-    ] = None,
+    script: Script,
+    arguments: Arguments = None,
     *,
-    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    module: Module = False,
     ladder: Annotated[
         LadderName, typer.Option(help="The order in which settings give way.")
     ] = LadderName.DEFAULT,
@@ -130,24 +144,19 @@ def run(
 @options.fine_tune
 def estimate(asked: options.FineTune, *, json_: Json = False) -> None:
     """Estimate the peak memory of a fine-tune: no GPU, no weights needed."""
-    with options.one_line_errors():
+    with options.one_line_errors(), uncollected():
         from oomguard.prediction import command
 
         found = command.run(asked.model, asked.card, asked.settings())
     _show(found, found.to_dict, json_=json_)
 
 
-@app.command(
-    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
-    no_args_is_help=True,
-)
+@app.command(context_settings=_SCRIPT, no_args_is_help=True)
 def diagnose(
-    script: Annotated[str, typer.Argument(help="The script; with -m, the name of a module.")],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(help="The script's own arguments.")
-    ] = None,
+    script: Script,
+    arguments: Arguments = None,
     *,
-    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    module: Module = False,
     json_: Json = False,
 ) -> None:
     """Run a training script up to its training, and say what in its setup wastes memory.
@@ -185,7 +194,7 @@ def find(
     json_: Json = False,
 ) -> None:
     """Find the largest plan that fits a card, or each size of card: no GPU, no weights needed."""
-    with options.one_line_errors():
+    with options.one_line_errors(), uncollected():
         from oomguard import find_command
 
         freed = tuple(name.strip() for name in free.split(",") if name.strip())

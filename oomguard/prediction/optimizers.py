@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from functools import partial
 from importlib.util import find_spec
-from math import prod
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +89,8 @@ def norm_bytes(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 
 @contextmanager
-def on_card(recorded_paged: list[int]) -> Iterator[None]:
-    """Bitsandbytes' optimizers as they allocate on a card; what is paged goes to the list."""
+def on_card() -> Iterator[None]:
+    """Bitsandbytes' optimizers as they allocate on a card: what is paged is not on it."""
     if find_spec("bitsandbytes") is None:
         yield
         return
@@ -101,7 +100,6 @@ def on_card(recorded_paged: list[int]) -> Iterator[None]:
     def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
         if not self.is_paged or p.numel() < _PAGED_FROM:
             return torch.zeros_like(p, dtype=dtype)
-        recorded_paged.append(prod(p.shape) * dtype.itemsize)
         return torch.empty(p.shape, dtype=dtype, device="meta")
 
     def nothing(*_: Any, **__: Any) -> None:

@@ -140,7 +140,7 @@ class Predictor:
             try:
                 if key not in self._fitted:
                     self._fitted[key] = Fitted(self.config, plan, self.settings, card)
-                timeline = self._fitted[key].timeline(rows, length)
+                timeline = self._fitted[key].timeline(rows, length, plan.lora_r)
                 if card.is_host:
                     held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)
                     return _uncached(in_loop(timeline, held))
@@ -223,6 +223,7 @@ def _key(plan: Plan, card: Card) -> Any:
         micro_batch_size=None,
         max_pass_tokens=None,
         max_length=None,
+        lora_r=None if plan.lora_r is None else 1,
         cache_released_step=None,
         sequence_mode=None,
     )

@@ -61,7 +61,6 @@ class Trace:
         home: The unit of layers that each id belongs to.
         kind: `"weights"`, `"adapters"` or `"gradients"` of the ids that are that.
         cut: How the model was shortened; `None` if it was not.
-        paged_bytes: Optimizer state in managed memory, of the shortened model.
         sized: The ids of the first step's passes, in order.
         alike: Ids of the second step's passes, each with the one of the first step that it repeats.
         probes: Bytes of the ids of `sized` in passes of other shapes.
@@ -75,7 +74,6 @@ class Trace:
     home: list[int | None]
     kind: dict[int, str]
     cut: Cut | None
-    paged_bytes: list[int]
     sized: list[int]
     alike: dict[int, int]
     probes: list[list[int]]
@@ -105,7 +103,6 @@ def trace(
     Raises:
         Exception: Whatever the model's own code raises on fake tensors.
     """
-    paged: list[int] = []
     args = optimizers.arguments(plan.optim or "adamw_torch_fused")
     fused = "fused" in args.optim.value or card.is_host
     recorder = Recorder(card, count_scalars=fused)
@@ -113,10 +110,10 @@ def trace(
     with (
         _quiet(),
         world(card, padded=padded, packed=packed, on_chunk=recorder.chunk),
-        optimizers.on_card(paged),
+        optimizers.on_card(),
     ):
         made = Prepared(config, plan, settings, card, recorder, whole=whole)
-        return _Run(plan, settings, card, args, recorder, made).trace(shapes, paged)
+        return _Run(plan, settings, card, args, recorder, made).trace(shapes)
 
 
 @contextmanager
@@ -147,7 +144,7 @@ class _Run:
         self._plan, self._settings, self._card = plan, settings, card
         self._args, self._recorder, self._made = args, recorder, made
 
-    def trace(self, shapes: Sequence[Shape], paged: list[int]) -> Trace:
+    def trace(self, shapes: Sequence[Shape]) -> Trace:
         recorder, passes = self._recorder, min(2, self._plan.passes_per_step)
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.mark(LOAD)
@@ -181,7 +178,6 @@ class _Run:
             recorder.home,
             self._made.kind,
             self._made.cut,
-            paged,
             sized=list(first),
             alike={new: old for old, new in again.items()},
             probes=[[recorder.nbytes[i] for i in probe] for probe in probes],
