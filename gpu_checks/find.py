@@ -223,12 +223,16 @@ def main(arguments: list[str] | None = None) -> int:
     cases = TINY_CASES if chosen.tiny else CASES
     cards = chosen.cards or (TINY_CARDS if chosen.tiny else CARDS)
     rows: list[Row] = []
+    failed: list[str] = []
     for case in chosen.cases or cases:
-        rows += checked(case, cards, chosen.timeout, tiny=chosen.tiny)
-    failed = failures(rows)
+        for row in checked(case, cards, chosen.timeout, tiny=chosen.tiny):
+            rows.append(row)
+            failed = failures(rows)
+            if chosen.output is not None:  # after each, as a run may be cut
+                chosen.output.write_text(json.dumps({"rows": rows, "failures": failed}))
     Console(width=140).print(table(rows))
     sys.stdout.writelines(f"FAILED {text}\n" for text in failed)
-    if chosen.output is not None:
+    if chosen.output is not None:  # CUDA starts here last: its context would count in every row
         chosen.output.write_text(json.dumps({**heading(), "rows": rows, "failures": failed}))
     return 1 if failed else 0
 
