@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from transformers import LlamaConfig
 
 from oomguard import Estimate, estimate
-from oomguard.memory.allocator import Mark
+from oomguard.memory.timeline import Mark
 from oomguard.prediction.result import CATEGORIES
 
 _GIB = 2**30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_checks.workload import LLAMA_1B
 from oomguard.plan import Plan
 from oomguard.prediction.settings import Settings
 
@@ -24,6 +25,7 @@ _LLAMA: dict[str, Any] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "model_type": "mistral", "sliding_window": None},
+    "llama32-1b": {"model_type": "llama", **LLAMA_1B},
     "gpt2": {"model_type": "gpt2", "n_positions": 2048, "use_cache": False},
     "gemma2": {
         "model_type": "gemma2",
@@ -102,6 +104,9 @@ RUNS: dict[str, list[dict[str, Any]]] = {
         {**_LORA, "dtype": "float32", "max_length": 1024, "gradient_checkpointing": False},
         {**_LORA, "dtype": "float32", "mixed_precision": "no", "max_length": 1024},
         {**_LORA, "quantization": "nf4", "max_length": 1024, "optim": "paged_adamw_32bit"},
+    ],
+    "llama32-1b": [
+        {"optim": name, "max_length": 512} for name in ("adamw_torch", "adamw_torch_fused")
     ],
     "mistral": [
         {"optim": name, "max_length": 512}

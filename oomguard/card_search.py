@@ -72,7 +72,9 @@ class CardSearch:
 
     def estimated(self) -> SearchResult:
         """The largest plan by the estimates."""
-        plans = best(self._space, lambda plan: self._budget.surely_holds(self._ask(plan)))
+        plans = best(self._space, lambda plan: self._budget.usually_holds(self._ask(plan)))
+        if plans and not self._budget.surely_holds(self._ask(plans[0])):
+            plans = best(self._space, lambda plan: self._budget.surely_holds(self._ask(plan)))
         if not plans:
             plans = best(self._space, lambda plan: self._budget.barely_holds(self._ask(plan)))
         if not plans:
@@ -145,11 +147,15 @@ class CardSearch:
         """The largest others: those that ran, then those that should."""
         for other in self._trials:
             self._ask(other)
-        others = [other for other in self._asked if other != plan and self._fits(other, plan)]
-        kinds = {} if plan in self._trials else {self._kind(plan): plan}
-        for other in sorted(others, key=self._rank):
-            kinds.setdefault(self._kind(other), other)
-        ranked = [other for other in kinds.values() if other != plan][:_RUNNERS_UP]
+        others = sorted((other for other in self._asked if other != plan), key=self._rank)
+        kinds = set() if plan in self._trials else {self._kind(plan)}
+        ranked: list[Plan] = []
+        for other in others:
+            if len(ranked) == _RUNNERS_UP:
+                break
+            if self._kind(other) not in kinds and self._fits(other, plan):
+                kinds.add(self._kind(other))
+                ranked.append(other)
         return tuple(RunnerUp(self._ask(other), self._trials.get(other)) for other in ranked)
 
     def _kind(self, plan: Plan) -> tuple[object, ...]:

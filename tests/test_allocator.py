@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from oomguard.memory.allocator import RELEASE, CachingAllocator, Event, Mark, Timeline, replay
+from oomguard.memory.allocator import CachingAllocator
+from oomguard.memory.replay import cases, first_of_process, replay
+from oomguard.memory.timeline import RELEASE, Event, Mark, Timeline
 
 MIB = 2**20
 
@@ -101,3 +103,38 @@ def test_a_timeline_says_when_its_peak_is(expandable: bool) -> None:
     assert found.peak_reserved_bytes == 60 * MIB
     tight = 60 * MIB - 1
     assert replay(Timeline(events, []), expandable=expandable, limit_bytes=tight) is None
+
+
+def test_workspaces_come_with_the_first_product_of_a_process() -> None:
+    events: list[Event] = [Mark("forward"), (0, 8), (1, 16), (2, 32), Mark("backward"), (1, -1)]
+    usual = Timeline(events, ["workspaces"] * 3, late=((1, 3), (2, 4)))
+    first = first_of_process(usual)
+    assert first.events == [Mark("forward"), (0, 8), (2, 32), (1, 16), Mark("backward"), (1, -1)]
+    assert first_of_process(first) is first
+
+
+def test_a_run_fits_only_if_it_does_in_every_case() -> None:
+    """A workspace takes a part of a block that is free, and what had the block needs another."""
+    mib = 2**20
+    events: list[Event] = [Mark("forward"), (0, 32 * mib), (1, 100 * mib), (1, -1)]
+    events += [(2, mib // 2), (3, 100 * mib), (3, -1)]
+    usual = Timeline(events, ["workspaces", *["saved_activations"] * 3], late=((1, 4),))
+    peaks = [one and one.peak_reserved_bytes // mib for one in cases(usual, expandable=False)]
+    assert peaks == [134, 202, 134, 202]
+    limited = cases(usual, expandable=False, limit_bytes=180 * mib)
+    assert [one is not None for one in limited] == [True, False, True, False]
+
+
+def test_the_lowest_of_equal_blocks_is_taken_wherever_segments_lie() -> None:
+    mib = 2**20
+    events: list[Event] = [(0, 20 * mib), (1, 20 * mib), (0, -1), (1, -1), (2, 12 * mib)]
+    for ascending, left in ((False, 0), (True, 1)):
+        pool = CachingAllocator(ascending=ascending)
+        for key, nbytes in events[:2]:  # type: ignore[misc]
+            pool.malloc(key, nbytes)
+        first, second = (pool._used[key].address for key in (0, 1))
+        assert (first < second) is ascending
+        for key in (0, 1):
+            pool.free(key)
+        pool.malloc(2, 12 * mib)
+        assert pool._used[2].address == (second, first)[left]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
 # Constants of c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp.
 _BLOCK_BYTES = 512  # kMinBlockSize
@@ -13,84 +12,6 @@ _LARGE_SEGMENT_BYTES = 20 * 2**20  # kLargeBuffer
 _LARGE_REQUEST_BYTES = 10 * 2**20  # kMinLargeAlloc: from here on a segment is the request
 _ROUND_BYTES = 2 * 2**20  # kRoundLarge
 _ADDRESS_BYTES = 20 * 2**50  # address space of an expandable segment: more than any card, in pages
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point of a timeline, not an allocation.
-
-    Attributes:
-        phase: What begins here; `None` for a release of the cache.
-    """
-
-    phase: str | None
-
-
-RELEASE = Mark(None)
-Event = tuple[int, int] | Mark
-"""`(key, bytes)` of an allocation, `(key, -1)` of the free of that key, or a mark."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """The allocations and frees of a run, in program order.
-
-    Attributes:
-        events: See `Event`.
-        category: The category of each key, by key.
-    """
-
-    events: list[Event]
-    category: list[str]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a timeline took.
-
-    Attributes:
-        peak_allocated_bytes: Most bytes in blocks in use.
-        peak_reserved_bytes: Most bytes of segments.
-        peak_index: The event at which `peak_allocated_bytes` was reached.
-        phase: The phase of that event.
-    """
-
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_index: int
-    phase: str
-
-
-def replay(
-    timeline: Timeline, *, expandable: bool = False, limit_bytes: int | None = None
-) -> Replay | None:
-    """Run a timeline through the allocator.
-
-    Args:
-        timeline: What to run.
-        expandable: Whether `expandable_segments` is on.
-        limit_bytes: What the card has for the allocator.
-
-    Returns:
-        What it took, or `None` when the limit was too low.
-    """
-    pool = CachingAllocator(limit_bytes=limit_bytes, expandable=expandable)
-    phase, at_phase, peak_index, peak = "load", "load", 0, 0
-    malloc, free = pool.malloc, pool.free
-    for index, event in enumerate(timeline.events):
-        if isinstance(event, Mark):
-            if event.phase is None:
-                pool.release_cached()
-            else:
-                phase = event.phase
-        elif event[1] < 0:
-            free(event[0])
-        else:
-            if not malloc(event[0], event[1]):
-                return None
-            if pool.allocated_bytes > peak:
-                peak, peak_index, at_phase = pool.allocated_bytes, index, phase
-    return Replay(peak, pool.peak_reserved_bytes, peak_index, at_phase)
 
 
 class _Block:
@@ -129,9 +50,17 @@ class CachingAllocator:
     Args:
         limit_bytes: Most bytes of all segments; unlimited if `None`.
         expandable: Whether each pool is one segment that grows at its end.
+        ascending: Whether each new segment lies above the one before, not below. Of free blocks of
+            one size the allocator takes that of the lowest address.
     """
 
-    def __init__(self, *, limit_bytes: int | None = None, expandable: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        limit_bytes: int | None = None,
+        expandable: bool = False,
+        ascending: bool = False,
+    ) -> None:
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.peak_reserved_bytes = 0
@@ -145,9 +74,8 @@ class CachingAllocator:
             small: [_Block(base, _ADDRESS_BYTES, small=small, mapped=False)] if expandable else []
             for small, base in ((True, 0), (False, _ADDRESS_BYTES))
         }
-        # cudaMalloc hands addresses out from the top; of free blocks of one size the allocator
-        # takes that of the lowest. Only so do replays meet measured peaks (benchmarks/data).
-        self._bottom = _ADDRESS_BYTES
+        self._ascending = ascending
+        self._bottom = self._top = _ADDRESS_BYTES
 
     def malloc(self, key: int, nbytes: int) -> bool:
         """Allocate `nbytes` under `key`; whether there was room."""
@@ -236,10 +164,16 @@ class CachingAllocator:
             nbytes = -(-size // _ROUND_BYTES) * _ROUND_BYTES
         if not self._reserve(nbytes):
             return None
-        self._bottom -= nbytes
-        block = _Block(self._bottom, nbytes, small=small)
+        block = _Block(self._place(nbytes), nbytes, small=small)
         self._put(block)
         return block
+
+    def _place(self, nbytes: int) -> int:
+        if self._ascending:
+            self._top += nbytes
+            return self._top - nbytes
+        self._bottom -= nbytes
+        return self._bottom
 
     def _extend(self, size: int, small: bool) -> _Block | None:
         """Map pages where free and unmapped blocks in a row have room, lowest address first."""

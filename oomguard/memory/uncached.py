@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from oomguard.memory.allocator import Mark, Replay, Timeline
+from oomguard.memory.replay import Replay
+from oomguard.memory.timeline import Mark, Timeline
 
 _BLOCK_BYTES = 512  # kMinBlockSize of CUDACachingAllocator.cpp, in which a VirtualCard counts too
 

@@ -25,15 +25,21 @@ Key = tuple[Any, ...]
 """`(phase, number)` outside the layers, `(phase, layer, number)` inside."""
 
 
-class _Chunk(Enum):
+class Point(Enum):
+    """Of a run, not of its memory."""
+
     CHUNK = auto()
+    PRODUCT = auto()
 
 
-CHUNK = _Chunk.CHUNK
+CHUNK = Point.CHUNK
 """The language-model head is at the beginning of a chunk of tokens."""
-Event = tuple[Key, int] | str | _Chunk | None
-"""`(key, source)` of an allocation, `(key, -1)` of a free, the name of a phase, `CHUNK`, or `None`
-for a release of the cache. The source is the traced id with the same bytes."""
+PRODUCT = Point.PRODUCT
+"""A thread multiplies matrices for the first time."""
+Event = tuple[Key, int] | str | Point | None
+"""`(key, source)` of an allocation, `(key, -1)` of a free, the name of a phase, `CHUNK`, `PRODUCT`,
+or `None` for a release of the cache. The source is the traced id with the same bytes."""
+_POINTS = {"c": CHUNK, "p": PRODUCT}
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class _Builder:
                 self._born[event.number] = phase, count
                 if home is not None:
                     self._source[phase, home, count] = event.number
-            if not running and event.kind != "c":
+            if not running and event.kind not in _POINTS:
                 event.run = self._home[event.number]
         if running:
             _fill(body)
@@ -133,8 +139,8 @@ class _Builder:
     def _loose(self, events: list[_Event]) -> Iterator[Event]:
         """Outside the layers: what is freed there is freed of every copy."""
         for event in events:
-            if event.kind == "c":
-                yield CHUNK
+            if event.kind in _POINTS:
+                yield _POINTS[event.kind]
                 continue
             home = self._home[event.number]
             if home is None:
@@ -145,8 +151,10 @@ class _Builder:
             else:
                 yield self._one(event, home, self._deep(home))
 
-    def _one(self, event: _Event, run: int, layer: int) -> tuple[Key, int]:
+    def _one(self, event: _Event, run: int, layer: int) -> Event:
         """The event as it happens in the run of deep layer `layer`."""
+        if event.kind in _POINTS:
+            return _POINTS[event.kind]
         phase, count = self._born[event.number]
         home = self._home[event.number]
         key: Key = (phase, event.number)

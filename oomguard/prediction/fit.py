@@ -21,8 +21,8 @@ from oomguard.prediction.way import Way
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from oomguard.memory.allocator import Timeline
     from oomguard.memory.cards import Card
+    from oomguard.memory.timeline import Timeline
     from oomguard.plan import Plan
     from oomguard.prediction.settings import Settings
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oomguard.memory.allocator import Event, Mark, Timeline
+from oomguard.memory.timeline import Event, Mark, Timeline
 from oomguard.prediction.trace import BACKWARD, END, FORWARD
 
 if TYPE_CHECKING:

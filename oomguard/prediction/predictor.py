@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from oomguard.errors import ConfigurationError
-from oomguard.memory.allocator import Replay, Timeline, replay
 from oomguard.memory.cards import Card
+from oomguard.memory.replay import Replay, replay
 from oomguard.memory.size import format_bytes
 from oomguard.memory.uncached import count
 from oomguard.prediction import closed_form
@@ -25,6 +25,7 @@ from oomguard.prediction.subject import config_of
 from oomguard.prediction.trainer import fetches_ahead, model_of, settings_of, untraced_step
 
 if TYPE_CHECKING:
+    from oomguard.memory.timeline import Timeline
     from oomguard.plan import Plan
 
 logger = logging.getLogger("oomguard.prediction")

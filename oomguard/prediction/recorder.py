@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from oomguard.prediction.kernels import Matmul
 
 Entry = tuple[str, Any, int | None]
-"""`("a", id, layer)`, `("f", id, layer)`, `("m", phase, None)`, or `("c", None, None)`, a chunk of
-the language-model head."""
+"""`("a", id, layer)`, `("f", id, layer)`, `("m", phase, None)`, `("c", None, None)`, a chunk of the
+language-model head, or `("p", None, layer)`, a thread's first product."""
 
 HEAD = "head"
-_ADD = torch.ops.aten.add.Tensor
+_ATEN = torch.ops.aten
+# What cuBLAS computes, for which each thread has a workspace.
+_PRODUCTS = frozenset(
+    (_ATEN.mm.default, _ATEN.mm.out, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default)
+)
+_ADD = _ATEN.add.Tensor
 _META = torch.device("meta")
 _DEVICE = torch.ops.prim.device.default
 
@@ -67,6 +72,7 @@ class Recorder(TorchDispatchMode):
         self.paused = False
         self.dequantized: dict[int, Matmul] = {}
         self.blocks: list[range] = []
+        self._multiplied: set[bool] = set()  # by the main thread (False), by autograd's
         self._matmul: Matmul | None = None
 
     def mark(self, phase: str | None) -> None:
@@ -161,6 +167,9 @@ class Recorder(TorchDispatchMode):
             self._see_step(args, out)
             return out
         self._see(out, func)
+        if func in _PRODUCTS and self.in_backward not in self._multiplied:
+            self._multiplied.add(self.in_backward)
+            self.log.append(("p", None, self.layer))
         workspace = self._workspaces.get(func)
         if workspace is not None:
             numbers = [self.allocate(n, "workspace") for n in workspace(out, *args)]

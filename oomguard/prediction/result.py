@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from oomguard.memory.allocator import Timeline, replay
 from oomguard.memory.cards import Card
+from oomguard.memory.replay import cases
 from oomguard.memory.size import format_bytes
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from oomguard.memory.replay import Replay
+    from oomguard.memory.timeline import Timeline
     from oomguard.plan import Plan
     from oomguard.prediction.settings import Settings
 
@@ -73,8 +77,8 @@ class Estimate:
     def fits(self, card: Card | str | int) -> bool:
         """Whether it runs through on `card`, which nothing else uses.
 
-        The allocations are replayed under the limit: the allocator gives cached blocks back before
-        it fails.
+        The allocations are replayed under the limit, under which the allocator gives cached blocks
+        back before it fails: in every case that `oomguard.memory.replay` knows.
 
         Args:
             card: A name such as `"RTX 4090"`, a size such as `"12GiB"`, or bytes.
@@ -83,14 +87,23 @@ class Estimate:
             ConfigurationError: It is not a card.
         """
         usable_bytes = Card.of(card).usable_bytes
-        if usable_bytes is None:
+        if usable_bytes is None or self.peak_allocated_bytes > usable_bytes:
             return False
-        if self.peak_reserved_bytes <= usable_bytes or self.timeline is None:
+        if self.timeline is None:
             return self.peak_reserved_bytes <= usable_bytes
-        if self.peak_allocated_bytes > usable_bytes:
-            return False
-        expandable = self.settings.expandable_segments
-        return replay(self.timeline, expandable=expandable, limit_bytes=usable_bytes) is not None
+        return all(self._replays(usable_bytes))
+
+    @cached_property
+    def most_reserved_bytes(self) -> int:
+        """The most that any case reserves where there is room; `fits` says what cases there are."""
+        others = islice(self._replays(None), 1, None)  # the first is this estimate's
+        found = [one.peak_reserved_bytes for one in others if one is not None]
+        return max([self.peak_reserved_bytes, *found])
+
+    def _replays(self, limit_bytes: int | None) -> Iterator[Replay | None]:
+        if self.timeline is not None:
+            expandable = self.settings.expandable_segments
+            yield from cases(self.timeline, expandable=expandable, limit_bytes=limit_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, without the timeline."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oomguard.memory.allocator import RELEASE, Event, Mark, Timeline
-from oomguard.prediction.depth import CHUNK
+from oomguard.memory.timeline import RELEASE, Event, Mark, Timeline
+from oomguard.prediction.depth import PRODUCT, Point
 from oomguard.prediction.recorder import HEAD
 from oomguard.prediction.trace import BACKWARD, FORWARD, LOAD, STEP
 
@@ -24,23 +24,28 @@ def timeline(trace: Trace, deep: Deep, nbytes: list[int], card: Card) -> Timelin
         trace: What was traced.
         deep: Its events at full depth.
         nbytes: Bytes of each traced id.
-        card: Whose workspaces are added: one of the main thread, one of autograd's. A process takes
-            them at each thread's first product; here they are there from the first step on, as in
-            every later training of a process. Peaks of first trainings differ by 0.6 % at most.
+        card: Whose workspaces are added: one of the main thread, one of autograd's. They are there
+            from the first step on, as in every later training of a process; `late` says where they
+            come in the first.
     """
     numbers: dict[object, int] = {}
     events: list[Event] = []
     category: list[str] = []
     phase, missing = LOAD, 2 if card.workspace_bytes else 0
+    waiting: list[int] = []
+    late: list[tuple[int, int]] = []
     kinds = _kinds(trace)
     for event in deep.events:
-        if event is CHUNK:
+        if isinstance(event, Point):
+            if event is PRODUCT and waiting:
+                late.append((waiting.pop(0), len(events)))
             continue
         if not isinstance(event, tuple):
             events.append(RELEASE if event is None else Mark(event))
             phase = event or phase
             while missing and phase == FORWARD:
                 missing -= 1
+                waiting.append(len(events))
                 events.append((len(category), card.workspace_bytes))
                 category.append("workspaces")
             continue
@@ -51,7 +56,7 @@ def timeline(trace: Trace, deep: Deep, nbytes: list[int], card: Card) -> Timelin
         numbers[key] = len(category)
         events.append((len(category), nbytes[source]))
         category.append(kinds[source])
-    return Timeline(events, category)
+    return Timeline(events, category, tuple(late))
 
 
 def _kinds(trace: Trace) -> list[str]:

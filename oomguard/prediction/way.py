@@ -12,8 +12,8 @@ from oomguard.prediction.products import PRODUCTS
 from oomguard.prediction.timeline import timeline
 
 if TYPE_CHECKING:
-    from oomguard.memory.allocator import Timeline
     from oomguard.memory.cards import Card
+    from oomguard.memory.timeline import Timeline
     from oomguard.prediction.products import Product
     from oomguard.prediction.trace import Shape, Trace
 
