@@ -164,7 +164,7 @@ class Forecast:
 
 def _needed(estimate: Estimate) -> int:
     on_host = estimate.card.is_host  # where there is no cache of blocks
-    return estimate.peak_allocated_bytes if on_host else estimate.peak_reserved_bytes
+    return estimate.peak_allocated_bytes if on_host else estimate.most_reserved_bytes
 
 
 def _fits(estimate: Estimate, room: int) -> bool:

@@ -92,9 +92,12 @@ def _largest_plan(space: Space, variant: Plan, fits: Fits) -> Plan | None:
     for axis in reversed(lowered):
         below = axis.values[: axis.values.index(axis.current)]  # itself does not fit
         plan = _raised(space, plan, axis, below, len(below) // 2, fits)
-    for axis in space.axes:
-        if axis.grows and axis not in lowered:
-            plan = _raised(space, plan, axis, axis.values, _first_guess(axis, plan), fits)
+    grown = None
+    while grown != plan:  # a longer row may leave room for more: reserved bytes go up and down
+        grown = plan
+        for axis in space.axes:
+            if axis.grows and axis not in lowered:
+                plan = _raised(space, plan, axis, axis.values, _first_guess(axis, plan), fits)
     return plan
 
 

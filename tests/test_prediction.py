@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import (
     BertConfig,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from benchmarks.prediction import CARD, DATA, config_of, estimated, rows_of
+from gpu_checks.workload import LLAMA_1B
 from oomguard import ConfigurationError, Plan, estimate
 from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
@@ -76,6 +79,28 @@ def test_the_breakdown_adds_up_to_the_reserved_bytes() -> None:
     assert sum(found.breakdown.values()) == found.peak_reserved_bytes
     assert found.device_bytes == found.peak_reserved_bytes + 648_871_936 + 148 * 2**20
     assert json.loads(json.dumps(found.to_dict()))["breakdown"] == found.breakdown
+
+
+@tiny.needs_fused_head
+def test_what_ran_out_of_memory_on_a_smaller_card_in_one_process_of_two_may_not_fit() -> None:
+    """Llama-3.2-1B under 16 GiB: gpu_checks.find, docs/finding.md."""
+    config = LlamaConfig(**LLAMA_1B)
+    plan = Plan(
+        per_device_train_batch_size=47,
+        max_length=1032,
+        lora_r=16,
+        target_modules=("all-linear",),
+        optim="adamw_torch_fused",
+        gradient_checkpointing=True,
+    )
+    found = estimate(config, plan, card="16GiB")
+    usable_bytes = Card.of("16GiB").usable_bytes or 0
+    assert found.peak_reserved_bytes < usable_bytes < found.most_reserved_bytes
+    assert not found.fits("16GiB")
+    assert found.fits("24GiB")
+    console = Console(file=StringIO(), width=100)
+    console.print(found)
+    assert "16.00 GiB card: may not fit" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @tiny.needs_fused_head

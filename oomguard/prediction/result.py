@@ -89,9 +89,9 @@ class Estimate:
         usable_bytes = Card.of(card).usable_bytes
         if usable_bytes is None or self.peak_allocated_bytes > usable_bytes:
             return False
-        if self.timeline is None:
-            return self.peak_reserved_bytes <= usable_bytes
-        return all(self._replays(usable_bytes))
+        if self.most_reserved_bytes <= usable_bytes:
+            return True
+        return self.timeline is not None and all(self._replays(usable_bytes))
 
     @cached_property
     def most_reserved_bytes(self) -> int:
@@ -134,8 +134,15 @@ class Estimate:
         yield table
         yield from self._lines()
 
+    def _verdict(self) -> str:
+        if self.fits(self.card):
+            return "fits"
+        if self.peak_reserved_bytes > (self.card.usable_bytes or 0):
+            return "[red]does not fit[/]"
+        most = format_bytes(self.most_reserved_bytes)
+        return f"[red]may not fit[/]: by where CUDA places blocks, up to {most} are reserved"
+
     def _lines(self) -> Iterator[str]:
         if self.card.total_bytes is not None:
-            verdict = "fits" if self.fits(self.card) else "[red]does not fit[/]"
-            yield f"{escape(self.card.name)}: {verdict}"
+            yield f"{escape(self.card.name)}: {self._verdict()}"
         yield from (f"note: {escape(note)}" for note in self.notes)
