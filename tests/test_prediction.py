@@ -84,7 +84,7 @@ def test_the_breakdown_adds_up_to_the_reserved_bytes() -> None:
 @tiny.needs_fused_head
 def test_what_ran_out_of_memory_on_a_smaller_card_in_one_process_of_two_may_not_fit() -> None:
     """Llama-3.2-1B under 16 GiB: gpu_checks.find, docs/finding.md."""
-    config = LlamaConfig(**LLAMA_1B)
+    config = config_of({"model_type": "llama", **LLAMA_1B})
     plan = Plan(
         per_device_train_batch_size=47,
         max_length=1032,
