@@ -72,8 +72,7 @@ class Predictor:
         self.config = config_of(model)
         self.settings = settings or Settings()
         self._fetches_ahead = fetches_ahead
-        described = f"{type(self.config)} {self.config.to_json_string()}"
-        self._fitted = _traces(described, self.settings)
+        self._described = f"{type(self.config)} {self.config.to_json_string()}"
         self._failed: dict[Any, str] = {}
 
     @classmethod
@@ -139,9 +138,10 @@ class Predictor:
         key = _key(plan, card)
         if key not in self._failed:
             try:
-                if key not in self._fitted:
-                    self._fitted[key] = Fitted(self.config, plan, self.settings, card)
-                timeline = self._fitted[key].timeline(rows, length, plan.lora_r)
+                fitted = _traces(self._described, self.settings)
+                if key not in fitted:
+                    fitted[key] = Fitted(self.config, plan, self.settings, card)
+                timeline = fitted[key].timeline(rows, length, plan.lora_r)
                 if card.is_host:
                     held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)
                     return _uncached(in_loop(timeline, held))
