@@ -49,17 +49,21 @@ class Fitted:
         if self._settings.packing:
             rows, length = 1, rows * length
         own = Shape(rows, length, CHUNK_TOKENS)
-        key = self._way(own), rank
-        if key not in self._ways:
-            self._ways[key] = self._of_rank(own, rank) or self._any(own, rank)
-        found = self._ways[key].at(own)
+        found = self._of(own, rank).at(own)
         if found is None:
-            self._ways[key] = self._trace((own,), rank)
-            found = self._ways[key].at(own)
+            self._ways[self._way(own), rank] = way = self._trace((own,), rank)
+            found = way.at(own)
         if found is None:
             msg = f"{rows} x {length} tokens cannot be made of a trace of them"
             raise RuntimeError(msg)
         return found
+
+    def _of(self, own: Shape, rank: int | None) -> Way:
+        """The way of a shape and a rank, made if it is not there."""
+        key = self._way(own), rank
+        if key not in self._ways:
+            self._ways[key] = self._of_rank(own, rank) or self._any(own, rank)
+        return self._ways[key]
 
     def _way(self, shape: Shape) -> Any:
         """What the shape decides."""
@@ -99,12 +103,9 @@ class Fitted:
             return self._traced(own, rank)
         if rows == 1 and not self._settings.packing:
             # Slices of one row are contiguous, and not copied: only products of attention need it.
-            two = own._replace(rows=2)
-            key = self._way(two), rank
-            if key not in self._ways:
-                self._ways[key] = self._any(two, rank)
-            if not self._ways[key].multiplies_attention:
-                return self._ways[key]
+            way = self._of(own._replace(rows=2), rank)
+            if not way.multiplies_attention:
+                return way
         if predicted(own) < _FEW_TOKENS:
             length += MASK_ALIGNMENT
         return self._traced(self._shape(rows, length), rank)
@@ -127,7 +128,7 @@ class Fitted:
         found = set()
         for more in (0, 1, 2, 3, -1):
             others = rows + more
-            # As many tokens in other rows are as many chunks of the head.
+            # As many tokens in other rows are as many chunks of the head, as the host wants them.
             as_many = length * rows // others if others > 0 else 0
             starts = length, as_many - (as_many - length) % MASK_ALIGNMENT
             lengths = {start + step * MASK_ALIGNMENT for start in starts for step in _STEPS}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -96,9 +95,8 @@ class Estimate:
     @cached_property
     def most_reserved_bytes(self) -> int:
         """The most that any case reserves where there is room; `fits` says what cases there are."""
-        others = islice(self._replays(None), 1, None)  # the first is this estimate's
-        found = [one.peak_reserved_bytes for one in others if one is not None]
-        return max([self.peak_reserved_bytes, *found])
+        found = [one.peak_reserved_bytes for one in self._replays(None) if one is not None]
+        return max(found, default=self.peak_reserved_bytes)
 
     def _replays(self, limit_bytes: int | None) -> Iterator[Replay | None]:
         if self.timeline is not None:

@@ -165,7 +165,7 @@ class _Run:
             self._take_gradients({p: again[number] for p, number in gradients.items()})
             self._step(optimizer)
             recorder.mark("end")
-            logged, made = len(recorder.log), len(recorder.nbytes)
+            logged = len(recorder.log)
             probes = []
             for shape in shapes[1:]:
                 probes.append(self._passes(passes, shape))
@@ -182,7 +182,7 @@ class _Run:
             alike={new: old for old, new in again.items()},
             probes=[[recorder.nbytes[i] for i in probe] for probe in probes],
             dequantized=recorder.dequantized,
-            blocks=[block for block in recorder.blocks if block.stop <= made],
+            blocks=recorder.blocks,
         )
 
     def _passes(self, passes: int, shape: Shape) -> range:

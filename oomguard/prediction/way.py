@@ -106,6 +106,8 @@ class Way:
 
 def _allocate_alike(one: Way, other: Way) -> bool:
     """Whether two ways allocate the same in the same order; what is freed at once has no order."""
-    made = ([entry for entry in way.traced.log if entry[0] != "f"] for way in (one, other))
-    homes = one.traced.home == other.traced.home and one.traced.part == other.traced.part
-    return homes and next(made) == next(made)
+
+    def made(trace: Trace) -> tuple[object, ...]:
+        return [entry for entry in trace.log if entry[0] != "f"], trace.home, trace.part
+
+    return made(one.traced) == made(other.traced)
