@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     GPT2Config,
-    LlamaConfig,
     MixtralConfig,
     ViTConfig,
 )
@@ -45,11 +44,6 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 
 
-def deep(**changes: Any) -> LlamaConfig:
-    values = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 9}
-    return tiny.config(**{**values, **changes})
-
-
 def lora(**changes: Any) -> Plan:
     values: dict[str, Any] = {"per_device_train_batch_size": 2, "max_length": 64, **LORA}
     return Plan(**{**values, "gradient_checkpointing": True, **changes})
@@ -75,7 +69,7 @@ def test_a_measured_peak_is_met(model: str) -> None:
 
 @tiny.needs_fused_head
 def test_the_breakdown_adds_up_to_the_reserved_bytes() -> None:
-    found = estimate(deep(), lora())
+    found = estimate(tiny.deep_config(), lora())
     assert sum(found.breakdown.values()) == found.peak_reserved_bytes
     assert found.device_bytes == found.peak_reserved_bytes + 648_871_936 + 148 * 2**20
     assert json.loads(json.dumps(found.to_dict()))["breakdown"] == found.breakdown
@@ -106,15 +100,15 @@ def test_what_ran_out_of_memory_on_a_smaller_card_in_one_process_of_two_may_not_
 @tiny.needs_fused_head
 def test_a_tied_head_is_counted_once() -> None:
     words = 4096 * 128 * 2
-    tied = estimate(deep(vocab_size=4096, tie_word_embeddings=True), lora())
-    apart = estimate(deep(vocab_size=4096, tie_word_embeddings=False), lora())
+    tied = estimate(tiny.deep_config(vocab_size=4096, tie_word_embeddings=True), lora())
+    apart = estimate(tiny.deep_config(vocab_size=4096, tie_word_embeddings=False), lora())
     assert apart.breakdown["weights"] - tied.breakdown["weights"] == words
 
 
 @tiny.needs_fused_head
 @pytest.mark.parametrize("expandable", [False, True])
 def test_what_fits_is_replayed_under_the_limit(expandable: bool) -> None:
-    found = estimate(deep(), lora(), expandable_segments=expandable)
+    found = estimate(tiny.deep_config(), lora(), expandable_segments=expandable)
     outside_bytes = found.device_bytes - found.peak_reserved_bytes
     assert found.fits(found.device_bytes)
     assert not found.fits(found.peak_allocated_bytes + outside_bytes - 1)
@@ -123,14 +117,14 @@ def test_what_fits_is_replayed_under_the_limit(expandable: bool) -> None:
 @pytest.mark.slow
 def test_what_is_asked_for_by_name_is_traced() -> None:
     more: tuple[tuple[Any, dict[str, Any]], ...] = (
-        (deep(), {"use_dora": True, "gradient_checkpointing": False}),
-        (deep(), {"quantization": "int8"}),
-        (deep(), {"quantization": "fp4", "double_quant": False}),
-        (deep(), {"attn_implementation": "eager", "padded": True}),
-        (deep(), {"packing": True}),
-        (deep(), {"trainer": "trainer", "gradient_accumulation_steps": 3}),
-        (deep(), {**_FULL, "optim": "adafactor"}),
-        (deep(), {**_FULL, "optim": "paged_adamw_32bit", "dtype": "float32"}),
+        (tiny.deep_config(), {"use_dora": True, "gradient_checkpointing": False}),
+        (tiny.deep_config(), {"quantization": "int8"}),
+        (tiny.deep_config(), {"quantization": "fp4", "double_quant": False}),
+        (tiny.deep_config(), {"attn_implementation": "eager", "padded": True}),
+        (tiny.deep_config(), {"packing": True}),
+        (tiny.deep_config(), {"trainer": "trainer", "gradient_accumulation_steps": 3}),
+        (tiny.deep_config(), {**_FULL, "optim": "adafactor"}),
+        (tiny.deep_config(), {**_FULL, "optim": "paged_adamw_32bit", "dtype": "float32"}),
         (GPT2Config(n_layer=6, n_embd=64, n_head=4), {"target_modules": ("c_attn",)}),
         (MixtralConfig(**_MIXTRAL), {}),
     )
@@ -155,7 +149,7 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form_that_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.nn.functional, "silu", _broken)
-    found = estimate(deep(vocab_size=176), lora())  # not traced before
+    found = estimate(tiny.deep_config(vocab_size=176), lora())  # not traced before
     assert found.method == "closed form"
     assert "LlamaForCausalLM could not be traced (RuntimeError: no such kernel)" in found.notes[0]
     assert found.peak_reserved_bytes > found.breakdown["weights"] * closed_form.RESERVED
@@ -193,9 +187,9 @@ def test_an_estimate_leaves_the_process_as_it_was() -> None:
         lambda: torch.get_rng_state().tolist(),
     )
     before = [read() for read in watched]
-    estimate(deep(), lora(optim="adamw_8bit"), quantization="nf4")
+    estimate(tiny.deep_config(), lora(optim="adamw_8bit"), quantization="nf4")
     with pytest.raises(ConfigurationError):
-        estimate(deep(), lora(target_modules=("nothing",)))
+        estimate(tiny.deep_config(), lora(target_modules=("nothing",)))
     assert [read() for read in watched] == before
 
 
@@ -217,12 +211,16 @@ def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
         (BertConfig(architectures=["BertModel"]), {}, "no language-model head"),
         (ViTConfig(), {}, "no language-model head"),
         ("there/is/no/such", {}, "no configuration of a model can be read"),
-        (deep(), {"lora_r": None, "quantization": "nf4"}, "cannot be trained whole"),
-        (deep(), {"lora_r": None, "use_dora": True}, "belong to LoRA"),
-        (deep(), {"padded": True, "packing": True}, "exclude each other"),
-        (deep(), {"optim": "nothing", "trainer": "trainer"}, "no optimizer of TrainingArguments"),
-        (deep(), {"card": "nothing"}, "neither a size"),
-        (deep(), {"nothing": 1}, "neither a field of Plan nor of Settings"),
+        (tiny.deep_config(), {"lora_r": None, "quantization": "nf4"}, "cannot be trained whole"),
+        (tiny.deep_config(), {"lora_r": None, "use_dora": True}, "belong to LoRA"),
+        (tiny.deep_config(), {"padded": True, "packing": True}, "exclude each other"),
+        (
+            tiny.deep_config(),
+            {"optim": "nothing", "trainer": "trainer"},
+            "no optimizer of TrainingArguments",
+        ),
+        (tiny.deep_config(), {"card": "nothing"}, "neither a size"),
+        (tiny.deep_config(), {"nothing": 1}, "neither a field of Plan nor of Settings"),
     ],
 )
 def test_what_cannot_work_is_refused(model: Any, settings: Any, said: str) -> None:

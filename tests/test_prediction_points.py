@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import GPT2Config, MistralConfig, MixtralConfig
 
 from oomguard import Plan, estimate
 from oomguard.prediction import fit, predictor
@@ -25,22 +25,17 @@ if TYPE_CHECKING:
 pytestmark = tiny.needs_fused_head
 
 H100 = "H100 80GB HBM3"
-_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 9}
 _LORA = {"lora_r": 8, "target_modules": ("q_proj", "v_proj"), "gradient_checkpointing": True}
 
 
-def deep(**changes: Any) -> LlamaConfig:
-    return tiny.config(**{**_SIZES, **changes})
-
-
 def windowed() -> MistralConfig:
-    values = deep().to_dict()
+    values = tiny.deep_config().to_dict()
     del values["model_type"]
     return MistralConfig(**{**values, "sliding_window": 64, "max_position_embeddings": 512})
 
 
 def mixture() -> MixtralConfig:
-    values = deep().to_dict()
+    values = tiny.deep_config().to_dict()
     del values["model_type"]
     return MixtralConfig(**{**values, "num_local_experts": 4, "sliding_window": None})
 
@@ -78,19 +73,19 @@ def events(found: Estimate) -> list[Any]:
 
 
 CASES: dict[str, tuple[Callable[[], PretrainedConfig], Settings, dict[str, Any]]] = {
-    "bf16": (deep, Settings(), {}),
-    "nf4": (deep, Settings(quantization="nf4"), {}),
-    "int8": (deep, Settings(quantization="int8"), {}),
+    "bf16": (tiny.deep_config, Settings(), {}),
+    "nf4": (tiny.deep_config, Settings(quantization="nf4"), {}),
+    "int8": (tiny.deep_config, Settings(quantization="int8"), {}),
     "float32 full": (
-        deep,
+        tiny.deep_config,
         Settings(dtype="float32"),
         {"lora_r": None, "target_modules": None, "gradient_checkpointing": False},
     ),
     "window, padded": (windowed, Settings(padded=True), {}),
-    "plain trainer": (deep, Settings(trainer="trainer", mixed_precision="bf16"), {}),
-    "plain trainer, padded": (deep, Settings(trainer="trainer", padded=True), {}),
-    "packed": (deep, Settings(packing=True), {}),
-    "eager, DoRA": (deep, Settings(attn_implementation="eager", use_dora=True), {}),
+    "plain trainer": (tiny.deep_config, Settings(trainer="trainer", mixed_precision="bf16"), {}),
+    "plain trainer, padded": (tiny.deep_config, Settings(trainer="trainer", padded=True), {}),
+    "packed": (tiny.deep_config, Settings(packing=True), {}),
+    "eager, DoRA": (tiny.deep_config, Settings(attn_implementation="eager", use_dora=True), {}),
     "mixture of experts": (mixture, Settings(), {}),
     "GPT-2": (gpt2, Settings(), {"target_modules": ("c_attn",)}),
 }
@@ -135,10 +130,10 @@ def test_a_further_point_is_what_a_trace_of_its_own_gives(
 def test_a_rank_between_two_is_what_a_trace_of_its_own_gives(
     optim: str, settings: Settings, ranks: tuple[int, ...]
 ) -> None:
-    first = Predictor(deep(), settings)
+    first = Predictor(tiny.deep_config(), settings)
     for rank in ranks:
         plan = of(2, 64, optim=optim, lora_r=rank)
-        further, alone = first.at(plan, H100), own(deep(), settings, plan)
+        further, alone = first.at(plan, H100), own(tiny.deep_config(), settings, plan)
         wanted = events(alone)
         assert len(events(further)) == len(wanted)
         for event, want in zip(events(further), wanted, strict=True):
@@ -150,7 +145,7 @@ def test_a_rank_between_two_is_what_a_trace_of_its_own_gives(
 
 def test_a_fused_kernel_takes_no_dequantized_weight() -> None:
     settings = Settings(quantization="nf4")
-    config = deep(hidden_size=1024, intermediate_size=1024)
+    config = tiny.deep_config(hidden_size=1024, intermediate_size=1024)
     found = [Predictor(config, settings).at(of(1, n), H100) for n in (16, 2048)]
     weight = 1024 * 1024 * 2
     few, many = (
@@ -163,7 +158,7 @@ def test_a_fused_kernel_takes_no_dequantized_weight() -> None:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_further_point_takes_no_trace(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = deep(vocab_size=160)  # of no other test
+    config = tiny.deep_config(vocab_size=160)  # of no other test
     estimate(config, of(1, 64), quantization=quantization, card=H100)
     monkeypatch.setattr(fit, "trace", None)
     for rows, length in ((4, 48), (1, 6000), (64, 1001)):
@@ -200,8 +195,8 @@ def test_repeated_layers_are_what_every_layer_traced_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = of(2, 64, gradient_checkpointing=False)
-    few = own(deep(), Settings(), plan)
+    few = own(tiny.deep_config(), Settings(), plan)
     monkeypatch.setattr("oomguard.prediction.prepared.cut", lambda *_: None)
-    every = own(deep(), Settings(), plan)
+    every = own(tiny.deep_config(), Settings(), plan)
     assert few.peak_allocated_bytes == every.peak_allocated_bytes
     assert few.peak_reserved_bytes == every.peak_reserved_bytes

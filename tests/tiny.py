@@ -84,6 +84,12 @@ def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**values, **changes})
 
 
+def deep_config(**changes: Any) -> LlamaConfig:
+    """A Llama of more layers than a trace keeps."""
+    values = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 9}
+    return config(**{**values, **changes})
+
+
 def llama(**changes: Any) -> LlamaForCausalLM:
     """The Llama with the same random weights every time."""
     set_seed(0)
