@@ -162,8 +162,12 @@ Free = Annotated[str, Option(help="Settings that may change besides, with commas
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """While entered, what cannot be done ends the command with one line and exit status 2."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which CPU kernels it lacks
+    from huggingface_hub.utils import logging as hub_logging
+
     from oomguard.errors import ConfigurationError
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which CPU kernels it lacks
+    hub_logging.set_verbosity_error()  # how often it tries a hub that cannot be reached
 
     try:
         yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -109,3 +112,18 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
         done = invoke("find", "--model", name, "--card", "8GiB")
         assert done.exit_code == 2
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow  # the hub is tried six times
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line() -> None:
+    command = (sys.executable, "-m", "oomguard", "estimate", "--model", "an/unknown-model")
+    done = subprocess.run(  # noqa: S603 - our own module
+        command,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no configuration of a model can be read from 'an/unknown-model'" in done.stderr

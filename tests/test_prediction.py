@@ -211,6 +211,7 @@ def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
         (BertConfig(architectures=["BertModel"]), {}, "no language-model head"),
         (ViTConfig(), {}, "no language-model head"),
         ("there/is/no/such", {}, "no configuration of a model can be read"),
+        ("./no-such.json", {}, "there is no ./no-such.json: give a folder"),
         (tiny.deep_config(), {"lora_r": None, "quantization": "nf4"}, "cannot be trained whole"),
         (tiny.deep_config(), {"lora_r": None, "use_dora": True}, "belong to LoRA"),
         (tiny.deep_config(), {"padded": True, "packing": True}, "exclude each other"),

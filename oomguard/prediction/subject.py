@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from oomguard.errors import ConfigurationError
 
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OF_A_PATH = (".", "/", "~")  # with which no id of a model begins
+_REASON_CHARACTERS = 240
 
 
 def config_of(model: Any) -> PretrainedConfig:
@@ -54,10 +57,13 @@ def _load(model: str) -> PretrainedConfig:
         raise ConfigurationError(msg)
     if path.is_file():
         _check_json(path)
+    elif not path.exists() and (path.suffix == ".json" or model.startswith(_OF_A_PATH)):
+        msg = f"there is no {model}: give a folder, a config.json or the id of a model"
+        raise ConfigurationError(msg)
     try:
         config = AutoConfig.from_pretrained(model)
     except Exception as error:  # noqa: BLE001 - hub, file and class errors have no common base
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), _REASON_CHARACTERS, placeholder=" ...")
         msg = (
             f"no configuration of a model can be read from {model!r}: give a folder, a config.json "
             f"or the id of a model ({reason})"
