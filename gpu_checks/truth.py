@@ -1,10 +1,10 @@
 """Peaks of real training runs on a CUDA GPU, for `benchmarks/prediction.py` to compare with.
 
-    python -m gpu_checks.truth --out truth.json [--shape qwen3-0.6b mixtral gemma3]
+    python -m gpu_checks.truth --out truth.json --shape qwen3-0.6b mixtral gemma3
 
 Every run is a process of its own: what an earlier one leaves behind, such as the workspaces of
 cuBLAS, would shift its figures. It loads a model with random weights from a folder, as a user's is,
-and makes three optimizer steps. A row holds the configuration, the plan and the settings as
+and makes a few optimizer steps. A row holds the configuration, the plan and the settings as
 `oomguard.estimate` takes them, what the allocator counted in each step, and the estimate. Rows are
 written as they are made, and printed at the end. `--tiny` runs the same on the CPU with small
 shapes, and shows no peaks.
@@ -92,6 +92,8 @@ def measure(folder: Path, values: dict[str, Any], run: dict[str, Any]) -> dict[s
     peaks, cuda = Peaks(), torch.cuda.is_available()
     try:
         model = loaded(folder, settings)
+        if cuda:
+            row["loaded_alloc"] = torch.cuda.memory_allocated()
         with tempfile.TemporaryDirectory() as output:
             tokenizer = tokenizer_of(values.get("vocab_size", 50257))
             trainer = trainer_of(model, plan, settings, tokenizer, peaks, output)
@@ -197,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU")
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", required=True)
     parser.add_argument("--at-once", type=int, default=4, help="processes, on the one card")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args()

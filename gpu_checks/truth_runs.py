@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_checks.workload import LLAMA_1B
+from gpu_checks.workload import LLAMA_1B, LLAMA_8B
 from oomguard.plan import Plan
 from oomguard.prediction.settings import Settings
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LORA: dict[str, Any] = {"lora_r": 16, "target_modules": _QKVO}
+_NF4 = {"quantization": "nf4"}
 _EAGER = {"attn_implementation": "eager"}  # Gemma 2 has nothing else
 _ALL: dict[str, Any] = {"lora_r": 16, "target_modules": ("all-linear",)}
 _LLAMA: dict[str, Any] = {
@@ -26,6 +27,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "model_type": "mistral", "sliding_window": None},
     "llama32-1b": {"model_type": "llama", **LLAMA_1B},
+    "llama3-8b": {"model_type": "llama", **LLAMA_8B},
+    "mistral-7b": {
+        **LLAMA_8B,
+        "model_type": "mistral",
+        "vocab_size": 32000,
+        "sliding_window": None,
+    },
     "gpt2": {"model_type": "gpt2", "n_positions": 2048, "use_cache": False},
     "gemma2": {
         "model_type": "gemma2",
@@ -107,6 +115,28 @@ RUNS: dict[str, list[dict[str, Any]]] = {
     ],
     "llama32-1b": [
         {"optim": name, "max_length": 512} for name in ("adamw_torch", "adamw_torch_fused")
+    ]
+    + [
+        {**kind, "batch": 4, "max_length": 2048, "gradient_checkpointing": on}
+        for kind in (_LORA, {})
+        for on in (True, False)
+    ],
+    "llama3-8b": [
+        {**_LORA, **_NF4, "max_length": length, "gradient_checkpointing": on}
+        for on, lengths in ((True, (1024, 2048, 8192)), (False, (1024, 2048)))
+        for length in lengths
+    ]
+    + [{**_ALL, **_NF4, "lora_r": rank, "max_length": 1024} for rank in (8, 32)]
+    + [
+        {**_LORA, **_NF4, "batch": 4, "max_length": 2048, "gradient_checkpointing": on}
+        for on in (True, False)
+    ],
+    "mistral-7b": [
+        {**_LORA, **_NF4, "max_length": 1024},
+        {"max_length": 1024},
+        {"max_length": 1024, "optim": "adamw_8bit"},
+        {"max_length": 1024, "optim": "adamw_8bit", "gradient_checkpointing": False},
+        {"max_length": 1024, "dtype": "float32"},
     ],
     "mistral": [
         {"optim": name, "max_length": 512}

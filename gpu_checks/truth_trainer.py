@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from oomguard.prediction.settings import Settings
 
 
+STEPS = 6  # of which the first is slower than the others
+
+
 class Peaks(TrainerCallback):
     """What the allocator counts in each optimizer step."""
 
@@ -40,9 +43,10 @@ class Peaks(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Add a row."""
-        row: dict[str, Any] = {"sec": time.perf_counter() - self._began}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        row: dict[str, Any] = {"sec": time.perf_counter() - self._began}
+        if torch.cuda.is_available():
             stats = torch.cuda.memory_stats()
             row["peak_alloc"] = stats["allocated_bytes.all.peak"]
             row["peak_reserved"] = stats["reserved_bytes.all.peak"]
@@ -79,9 +83,9 @@ def loaded(folder: Path, settings: Settings) -> Any:
 
 
 def rows(plan: Plan, settings: Settings, vocabulary: int) -> Dataset:
-    """Three steps of rows of full length; where padded, only the first of each batch is."""
+    """Rows of full length for all steps; where padded, only the first of each batch is."""
     batch, length = plan.per_device_train_batch_size, plan.max_length or 1024
-    count = 3 * batch * plan.gradient_accumulation_steps
+    count = STEPS * batch * plan.gradient_accumulation_steps
     short = length // 2
     lengths = [short if settings.padded and i % batch else length for i in range(count)]
     if settings.packing:
@@ -108,7 +112,7 @@ def arguments(plan: Plan, settings: Settings, output_dir: str) -> dict[str, Any]
         "activation_checkpointing": plan.gradient_checkpointing,
         "activation_checkpointing_kwargs": checkpointing or None,
         "optim": plan.optim,
-        "max_steps": 3,
+        "max_steps": STEPS,
         "bf16": cuda and settings.autocast == "bf16",
         "fp16": cuda and settings.autocast == "fp16",
         "use_cpu": not cuda,
