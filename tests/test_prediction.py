@@ -25,6 +25,8 @@ from oomguard.memory.cards import Card
 from oomguard.prediction import closed_form
 from oomguard.prediction.kernels import Matmul, fused_4bit
 from oomguard.prediction.model import meta_model
+from oomguard.prediction.optimizers import Own
+from oomguard.prediction.predictor import Predictor
 from oomguard.prediction.predictor import rows_of as rows_in
 from oomguard.prediction.settings import Settings
 from tests import tiny
@@ -253,3 +255,17 @@ def test_a_trl_that_makes_all_logits_is_refused_by_name() -> None:
         estimate(tiny.config(), trainer="sft")
     plain = estimate(tiny.config(), trainer="trainer", mixed_precision="no", card=CARD)
     assert (plain.method, plain.notes) == ("traced", ())
+
+
+@tiny.needs_fused_head
+def test_an_adam_that_goes_through_the_weights_in_a_loop_takes_less_than_all_at_once() -> None:
+    plan = lora(**_FULL, per_device_train_batch_size=1, max_length=16, optim="adamw_torch")
+
+    def peak(**kwargs: Any) -> int:
+        own = Own(torch.optim.AdamW, kwargs, grouped=True, optim="adamw_torch")
+        return Predictor(tiny.deep_config(), own=own).at(plan, CARD).peak_allocated_bytes
+
+    at_once = Predictor(tiny.deep_config()).at(plan, CARD)
+    assert at_once.phase == "optimizer step"
+    assert peak() == at_once.peak_allocated_bytes
+    assert peak(foreach=False) < at_once.peak_allocated_bytes

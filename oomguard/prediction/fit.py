@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from oomguard.memory.cards import Card
     from oomguard.memory.timeline import Timeline
     from oomguard.plan import Plan
+    from oomguard.prediction.optimizers import Own
     from oomguard.prediction.settings import Settings
 
 _STEPS = range(-8, 9)  # every multiple of the alignment modulo what kernels round up to
@@ -35,9 +36,15 @@ class Fitted:
     """One model under settings that leave only batch, length and rank open."""
 
     def __init__(
-        self, config: PretrainedConfig, plan: Plan, settings: Settings, card: Card
+        self,
+        config: PretrainedConfig,
+        plan: Plan,
+        settings: Settings,
+        card: Card,
+        own: Own | None = None,
     ) -> None:
         self._config, self._plan, self._settings, self._card = config, plan, settings, card
+        self._own = own
         text = text_config(config)
         self._window = getattr(text, "sliding_window", None)
         self._masked = settings.padded or settings.packing or self._window is not None
@@ -142,11 +149,11 @@ class Fitted:
 
     def _trace(self, shapes: tuple[Shape, ...], rank: int | None) -> Way:
         given = self._config, replace(self._plan, lora_r=rank), self._settings, self._card, shapes
-        traced = trace(*given)
+        traced = trace(*given, own=self._own)
         try:
             deep = deepen(traced)
         except NotAlikeError:
-            traced = trace(*given, whole=True)
+            traced = trace(*given, own=self._own, whole=True)
             deep = deepen(traced)
         products = products_of(traced, shapes)
         return Way(traced, deep, shapes, products, self._card, self._chunked, rank)

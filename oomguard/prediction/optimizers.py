@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from oomguard.errors import ConfigurationError
+from oomguard.levers.adapter import inner_optimizer
+from oomguard.levers.moments import is_bitsandbytes
+from oomguard.levers.optimizer import optim_name
 from oomguard.prediction.world import patched
 
 if TYPE_CHECKING:
@@ -28,18 +32,62 @@ _CHUNK = 65536
 _PAGED_FROM = 1e5
 
 
-def create(model: nn.Module, args: Any) -> Any:
+@dataclass(frozen=True)
+class Own:
+    """What a user gave a trainer for an optimizer.
+
+    Attributes:
+        cls: Its class.
+        kwargs: What it is made with.
+        grouped: Whether its parameters are in groups, which are then taken to be the Trainer's.
+        optim: `TrainingArguments.optim`, in whose place it is.
+    """
+
+    cls: Any
+    kwargs: dict[str, Any]
+    grouped: bool
+    optim: str
+
+    @classmethod
+    def of(cls, trainer: Any) -> Own | None:
+        """That of a live trainer; `None` where `TrainingArguments.optim` decides."""
+        optim, made = optim_name(trainer.args), inner_optimizer(trainer)
+        given = getattr(trainer, "optimizer_cls_and_kwargs", None)
+        if made is not None:
+            return cls(type(made), _made_with(made), len(made.param_groups) > 1, optim)
+        return None if given is None else cls(given[0], given[1], True, optim)
+
+
+def _made_with(optimizer: Any) -> dict[str, Any]:
+    """Arguments that make an optimizer like this one."""
+    kept = dict(optimizer.defaults)
+    if is_bitsandbytes(optimizer):
+        kept |= {"is_paged": optimizer.is_paged}
+        if "bit" not in type(optimizer).__name__:  # AdamW8bit takes no other number
+            kept |= {"optim_bits": optimizer.args.optim_bits}
+    names = inspect.signature(type(optimizer)).parameters
+    return {name: value for name, value in kept.items() if name in names}
+
+
+def create(model: nn.Module, args: Any, own: Own | None = None) -> Any:
     """What `Trainer.create_optimizer` makes, with its groups and overrides.
+
+    Args:
+        model: What is trained.
+        args: See `arguments`.
+        own: What the user gave in place of `args.optim`.
 
     Raises:
         ConfigurationError: There is no such optimizer, or its package is missing.
     """
+    if own is not None and not own.grouped:
+        return own.cls([p for p in model.parameters() if p.requires_grad], **own.kwargs)
     decay_names: Any = Trainer.get_decay_parameter_names
     stand_in = SimpleNamespace(
         model=model,
         args=args,
         optimizer=None,
-        optimizer_cls_and_kwargs=None,
+        optimizer_cls_and_kwargs=None if own is None else (own.cls, dict(own.kwargs)),
         get_decay_parameter_names=partial(decay_names, None),
         get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
     )

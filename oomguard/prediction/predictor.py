@@ -19,6 +19,7 @@ from oomguard.prediction import closed_form
 from oomguard.prediction.fit import Fitted
 from oomguard.prediction.loop import held_bytes, in_loop
 from oomguard.prediction.model import meta_model
+from oomguard.prediction.optimizers import Own
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings, check_trl
 from oomguard.prediction.subject import config_of
@@ -55,6 +56,7 @@ class Predictor:
         settings: What no plan changes.
         fetches_ahead: Whether a batch waits while another is trained; it does but in short runs.
         untraced: Why its steps cannot be traced, and a closed form has to do; `None` if they can.
+        own: The optimizer of plans whose `optim` it stands for.
 
     Raises:
         ConfigurationError: There is no such model, or it has no language-model head.
@@ -67,12 +69,13 @@ class Predictor:
         *,
         fetches_ahead: bool = True,
         untraced: str | None = None,
+        own: Own | None = None,
     ) -> None:
-        self._untraced = untraced
+        self._untraced, self._own = untraced, own
         self.config = config_of(model)
         self.settings = settings or Settings()
         self._fetches_ahead = fetches_ahead
-        self._described = f"{type(self.config)} {self.config.to_json_string()}"
+        self._described = f"{type(self.config)} {self.config.to_json_string()} {own}"
         self._failed: dict[Any, str] = {}
 
     @classmethod
@@ -87,6 +90,7 @@ class Predictor:
             settings_of(trainer),
             fetches_ahead=fetches_ahead(trainer),
             untraced=untraced_step(trainer),
+            own=Own.of(trainer),
         )
 
     def under(self, settings: Settings) -> Predictor:
@@ -94,7 +98,11 @@ class Predictor:
         if settings == self.settings:
             return self
         return Predictor(
-            self.config, settings, fetches_ahead=self._fetches_ahead, untraced=self._untraced
+            self.config,
+            settings,
+            fetches_ahead=self._fetches_ahead,
+            untraced=self._untraced,
+            own=self._own,
         )
 
     def at(self, plan: Plan, card: Card | str | int | None = None) -> Estimate:
@@ -140,7 +148,8 @@ class Predictor:
             try:
                 fitted = _traces(self._described, self.settings)
                 if key not in fitted:
-                    fitted[key] = Fitted(self.config, plan, self.settings, card)
+                    own = self._own if self._own and self._own.optim == plan.optim else None
+                    fitted[key] = Fitted(self.config, plan, self.settings, card, own)
                 timeline = fitted[key].timeline(rows, length, plan.lora_r)
                 if card.is_host:
                     held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)

@@ -6,6 +6,7 @@ import logging
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from oomguard.prediction.recorder import Entry, Recorder
 from oomguard.prediction.world import patched, world
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from transformers import PretrainedConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from oomguard.plan import Plan
     from oomguard.prediction.kernels import Matmul
     from oomguard.prediction.layers import Cut
+    from oomguard.prediction.optimizers import Own
     from oomguard.prediction.settings import Settings
 
 
@@ -88,6 +90,7 @@ def trace(
     card: Card,
     shapes: Sequence[Shape],
     *,
+    own: Own | None = None,
     whole: bool = False,
 ) -> Trace:
     """Trace two steps in passes of the first shape, and one more pass of each of the others.
@@ -98,14 +101,15 @@ def trace(
         settings: What is trained, besides the plan.
         card: On which.
         shapes: Of the passes.
+        own: The optimizer, where it is not `plan.optim`.
         whole: Whether every layer is traced, not the few that stand for all.
 
     Raises:
         Exception: Whatever the model's own code raises on fake tensors.
     """
     args = optimizers.arguments(plan.optim or "adamw_torch_fused")
-    fused = "fused" in args.optim.value or card.is_host
-    recorder = Recorder(card, count_scalars=fused)
+    fused = "fused" in args.optim.value if own is None else bool(own.kwargs.get("fused"))
+    recorder = Recorder(card, count_scalars=fused or card.is_host)
     padded, packed = settings.padded, settings.packing
     with (
         _quiet(),
@@ -113,7 +117,8 @@ def trace(
         optimizers.on_card(),
     ):
         made = Prepared(config, plan, settings, card, recorder, whole=whole)
-        return _Run(plan, settings, card, args, recorder, made).trace(shapes)
+        optimizer = partial(optimizers.create, args=args, own=own)
+        return _Run(plan, settings, card, optimizer, recorder, made).trace(shapes)
 
 
 @contextmanager
@@ -137,19 +142,19 @@ class _Run:
         plan: Plan,
         settings: Settings,
         card: Card,
-        args: Any,
+        optimizer: Callable[[nn.Module], Any],
         recorder: Recorder,
         made: Prepared,
     ) -> None:
         self._plan, self._settings, self._card = plan, settings, card
-        self._args, self._recorder, self._made = args, recorder, made
+        self._optimizer, self._recorder, self._made = optimizer, recorder, made
 
     def trace(self, shapes: Sequence[Shape]) -> Trace:
         recorder, passes = self._recorder, min(2, self._plan.passes_per_step)
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.mark(LOAD)
             self._made.load()
-            optimizer = optimizers.create(self._made.model, self._args)
+            optimizer = self._optimizer(self._made.model)
             if not self._card.is_host:
                 optimizers.use_foreach(optimizer)
             self._made.autocast()
