@@ -29,6 +29,7 @@ from oomguard.prediction.optimizers import Own
 from oomguard.prediction.predictor import Predictor
 from oomguard.prediction.predictor import rows_of as rows_in
 from oomguard.prediction.settings import Settings
+from oomguard.prediction.trace import Given
 from tests import tiny
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def test_an_adam_that_goes_through_the_weights_in_a_loop_takes_less_than_all_at_
 
     def peak(**kwargs: Any) -> int:
         own = Own(torch.optim.AdamW, kwargs, grouped=True, optim="adamw_torch")
-        return Predictor(tiny.deep_config(), own=own).at(plan, CARD).peak_allocated_bytes
+        return Predictor(tiny.deep_config(), given=Given(own)).at(plan, CARD).peak_allocated_bytes
 
     at_once = Predictor(tiny.deep_config()).at(plan, CARD)
     assert at_once.phase == "optimizer step"

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
-import torch
-from bitsandbytes.optim.adamw import AdamW, PagedAdamW8bit
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
@@ -17,7 +15,6 @@ from oomguard.testing import VirtualCard
 from tests import tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 IDS = list(range(3, 99))
@@ -40,19 +37,6 @@ def plain(model: Any, rows: int, **arguments: Any) -> Trainer:
         train_dataset=Dataset.from_dict({name: [row] * rows for name, row in columns.items()}),
         data_collator=default_data_collator,
     )
-
-
-def own_sgd(trainer: Any) -> None:
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
-
-
-def own_adam(trainer: Any) -> None:
-    groups = [{"params": [p]} for p in trainer.model.parameters()]
-    trainer.optimizer = torch.optim.AdamW(groups, lr=1e-3, amsgrad=True, fused=True)
-
-
-def own_class(trainer: Any) -> None:
-    trainer.optimizer_cls_and_kwargs = (torch.optim.RMSprop, {"momentum": 0.9, "centered": True})
 
 
 def sft(model: Any, rows: int, **arguments: Any) -> SFTTrainer:
@@ -84,37 +68,3 @@ def test_the_virtual_card_measures_what_is_predicted(kind: str, rows: int, tmp_p
     assert found.method == "traced"
     assert found.peak_allocated_bytes == card.peak_bytes
     assert found.peak_reserved_bytes == card.peak_bytes
-
-
-@pytest.mark.parametrize("give", [own_sgd, own_adam, own_class])
-def test_an_optimizer_that_the_user_gave_is_the_one_that_is_predicted(
-    give: Callable[[Any], None], tmp_path: Path
-) -> None:
-    model: Any = tiny.llama(num_hidden_layers=7, hidden_size=64, intermediate_size=256)
-    trainer: Any = plain(model, 12, output_dir=str(tmp_path))
-    give(trainer)
-    found = estimate(trainer, card="host")
-    with VirtualCard(capacity_bytes="1GiB") as card:
-        card.track(trainer.model)
-        trainer.train()
-    assert found.method == "traced"
-    assert found.peak_allocated_bytes == card.peak_bytes
-
-
-@pytest.mark.parametrize(
-    ("cls", "options", "optim"),
-    [
-        (torch.optim.AdamW, {"fused": True}, "adamw_torch_fused"),
-        (PagedAdamW8bit, {}, "paged_adamw_8bit"),
-        (AdamW, {"optim_bits": 8}, "adamw_8bit"),
-    ],
-)
-def test_an_optimizer_that_was_made_is_known_by_what_it_was_made_with(
-    cls: Any, options: dict[str, Any], optim: str, tmp_path: Path
-) -> None:
-    model: Any = peft.get_peft_model(tiny.llama(), tiny.LORA)  # no embeddings, no norms
-    trainer: Any = plain(model, 12, output_dir=str(tmp_path))
-    named = estimate(trainer, card="H100", optim=optim)
-    trainer.optimizer = cls(trainer.model.parameters(), lr=1e-3, **options)
-    found = estimate(trainer, card="H100")
-    assert (found.method, found.breakdown) == ("traced", named.breakdown)

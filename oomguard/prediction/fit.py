@@ -15,7 +15,7 @@ from oomguard.prediction.chunks import CHUNK_TOKENS, TRACED, chunks_of
 from oomguard.prediction.depth import NotAlikeError, deepen
 from oomguard.prediction.products import MASK_ALIGNMENT, predicted, products_of, told_apart
 from oomguard.prediction.subject import text_config
-from oomguard.prediction.trace import Shape, trace
+from oomguard.prediction.trace import NOTHING, Given, Shape, trace
 from oomguard.prediction.way import Way
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from oomguard.memory.cards import Card
     from oomguard.memory.timeline import Timeline
     from oomguard.plan import Plan
-    from oomguard.prediction.optimizers import Own
     from oomguard.prediction.settings import Settings
 
 _STEPS = range(-8, 9)  # every multiple of the alignment modulo what kernels round up to
@@ -41,14 +40,15 @@ class Fitted:
         plan: Plan,
         settings: Settings,
         card: Card,
-        own: Own | None = None,
+        given: Given = NOTHING,
     ) -> None:
         self._config, self._plan, self._settings, self._card = config, plan, settings, card
-        self._own = own
+        self._given = given
         text = text_config(config)
         self._window = getattr(text, "sliding_window", None)
         self._masked = settings.padded or settings.packing or self._window is not None
         self._chunked = settings.trainer == "sft"
+        self._one_rank = given.tuning is None or given.tuning.one_rank
         self._ways: dict[tuple[Any, int | None], Way] = {}
 
     def timeline(self, rows: int, length: int, rank: int | None) -> Timeline:
@@ -95,7 +95,7 @@ class Fitted:
         shapes = next(iter(ways.values())).shapes
         low = max((one for one in ways if one and one < rank), default=1)
         high = min((one for one in ways if one and one > rank), default=_LARGE_RANK)
-        if low < rank < high:
+        if low < rank < high and self._one_rank:
             for end in {low, high} - ways.keys():
                 ways[end] = self._ways[kind, end] = self._trace(shapes, end)
             found = ways[low].between(ways[high], rank)
@@ -149,11 +149,11 @@ class Fitted:
 
     def _trace(self, shapes: tuple[Shape, ...], rank: int | None) -> Way:
         given = self._config, replace(self._plan, lora_r=rank), self._settings, self._card, shapes
-        traced = trace(*given, own=self._own)
+        traced = trace(*given, given=self._given)
         try:
             deep = deepen(traced)
         except NotAlikeError:
-            traced = trace(*given, own=self._own, whole=True)
+            traced = trace(*given, given=self._given, whole=True)
             deep = deepen(traced)
         products = products_of(traced, shapes)
         return Way(traced, deep, shapes, products, self._card, self._chunked, rank)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oomguard.prediction.losses import shifted
 from oomguard.prediction.subject import text_config
 
 if TYPE_CHECKING:
+    from oomguard.prediction.losses import Loss
     from oomguard.prediction.recorder import Recorder
 
 
@@ -77,7 +79,7 @@ def inherit(recorder: Recorder, first: int) -> None:
             layer = recorder.home[number]
 
 
-def sft_stand_in(model: Any, config: Any) -> Any:
+def sft_stand_in(model: Any, config: Any, loss: Loss) -> Any:
     """What `SFTTrainer.compute_loss` asks of its trainer."""
     accelerator = SimpleNamespace(
         gather_for_metrics=lambda value: value, parallelism_config=None, num_processes=1
@@ -85,11 +87,11 @@ def sft_stand_in(model: Any, config: Any) -> Any:
     return SimpleNamespace(
         model=model,
         accelerator=accelerator,
-        args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
+        args=SimpleNamespace(loss_type=loss.loss_type, average_tokens_across_devices=True),
         aux_loss_enabled=getattr(text_config(config), "output_router_logits", False),
         router_aux_loss_coef=getattr(text_config(config), "router_aux_loss_coef", 0.0),
-        compute_loss_func=None,
-        label_smoother=None,
+        compute_loss_func=None if loss.own is None else shifted,
+        label_smoother=loss.smoother,
         current_gradient_accumulation_steps=1,
         get_tp_size=lambda: 1,
         _metrics={"train": defaultdict(list)},

@@ -64,6 +64,8 @@ def kernels(card: Card, recorder: Recorder) -> dict[Any, Kernel]:
         _ATEN.index.Tensor: _index,
         _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward(card, recorder),
     }
+    if hasattr(_ATEN, "_grouped_mm"):  # not in every PyTorch
+        table[_ATEN._grouped_mm.default] = _grouped_mm
     if find_spec("bitsandbytes") is not None:
         import bitsandbytes  # noqa: F401 - registers its ops
 
@@ -99,6 +101,14 @@ def _index(value: Tensor, indices: Any) -> Any:
         return NotImplemented
     found = mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
     return value.new_empty((len(found), *value.shape[mask.ndim :]))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Any:
+    """Products of groups of rows, whose shapes PyTorch infers for bfloat16 alone."""
+    if a.dtype == torch.bfloat16 or a.ndim != 2:
+        return NotImplemented
+    groups = () if offs is None or b.ndim == 3 else (len(offs),)
+    return a.new_empty(*groups, a.shape[0], b.shape[-1])
 
 
 def _flash_backward(card: Card, recorder: Recorder) -> Kernel:

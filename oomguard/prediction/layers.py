@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PretrainedConfig
 
 # The first unit, one before the cloned one, the cloned one, one behind it, the last.
@@ -36,6 +38,26 @@ class Cut:
     times: int
 
 
+class Place(NamedTuple):
+    """Where in a list of layers something is.
+
+    Attributes:
+        layers: The name of the list.
+        layer: The index in it.
+        rest: The name inside the layer, a dot before it; empty for the layer itself.
+    """
+
+    layers: str
+    layer: int
+    rest: str
+
+
+def within(name: str, path: str) -> Place | None:
+    """Where in the list of layers at `path`, whatever wraps it, a name is; `None` outside."""
+    found = re.match(rf"((?:.+\.)?{re.escape(path)})\.(\d+)((?:\..+)?)$", name)
+    return Place(found[1], int(found[2]), found[3]) if found else None
+
+
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The list of layers that hold the most parameters, and its path."""
     lists = [
@@ -52,13 +74,16 @@ def _is_outer(name: str) -> bool:
     return re.search(r"\.\d+\.", f".{name}.") is None
 
 
-def cut(model: nn.Module, text: Any, every: int = 1) -> Cut | None:
+def cut(
+    model: nn.Module, text: Any, every: int = 1, trained: Callable[[str, int], Any] | None = None
+) -> Cut | None:
     """How to shorten `model`.
 
     Args:
         model: On the meta device, of full depth.
         text: The configuration of its language model.
         every: Layers that belong together because they share one checkpoint.
+        trained: What is trained of a layer, by the path of the list and its index.
 
     Returns:
         The cut; `None` where the model has no list of layers.
@@ -68,7 +93,10 @@ def cut(model: nn.Module, text: Any, every: int = 1) -> Cut | None:
         return None
     path, layers = found
     types = getattr(text, "layer_types", None) or [None] * len(layers)
-    signs = [_signature(layer, kind) for layer, kind in zip(layers, types, strict=False)]
+    signs = [
+        (_signature(layer, kind), trained and trained(path, index))
+        for index, (layer, kind) in enumerate(zip(layers, types, strict=False))
+    ]
     depth = len(signs)
     for period in range(every, _LONGEST_PERIOD * every + 1, every):
         lead = _lead(signs, period)

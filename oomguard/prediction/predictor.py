@@ -19,11 +19,17 @@ from oomguard.prediction import closed_form
 from oomguard.prediction.fit import Fitted
 from oomguard.prediction.loop import held_bytes, in_loop
 from oomguard.prediction.model import meta_model
-from oomguard.prediction.optimizers import Own
 from oomguard.prediction.result import CATEGORIES, CLOSED_FORM, TRACED, Estimate
 from oomguard.prediction.settings import Settings, check_trl
 from oomguard.prediction.subject import config_of
-from oomguard.prediction.trainer import fetches_ahead, model_of, settings_of, untraced_step
+from oomguard.prediction.trace import NOTHING, Given
+from oomguard.prediction.trainer import (
+    fetches_ahead,
+    given_by,
+    model_of,
+    settings_of,
+    untraced_step,
+)
 
 if TYPE_CHECKING:
     from oomguard.memory.timeline import Timeline
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oomguard.prediction")
 
+_TRAINED_BYTES = 16  # of a number in float32, with its gradient and two moments
 DEFAULT_LENGTH = 1024  # SFTConfig.max_length
 
 
@@ -56,7 +63,7 @@ class Predictor:
         settings: What no plan changes.
         fetches_ahead: Whether a batch waits while another is trained; it does but in short runs.
         untraced: Why its steps cannot be traced, and a closed form has to do; `None` if they can.
-        own: The optimizer of plans whose `optim` it stands for.
+        given: What a live trainer has that no plan names; its optimizer stands for one `optim`.
 
     Raises:
         ConfigurationError: There is no such model, or it has no language-model head.
@@ -69,13 +76,13 @@ class Predictor:
         *,
         fetches_ahead: bool = True,
         untraced: str | None = None,
-        own: Own | None = None,
+        given: Given = NOTHING,
     ) -> None:
-        self._untraced, self._own = untraced, own
+        self._untraced, self._given = untraced, given
         self.config = config_of(model)
         self.settings = settings or Settings()
         self._fetches_ahead = fetches_ahead
-        self._described = f"{type(self.config)} {self.config.to_json_string()} {own}"
+        self._described = f"{type(self.config)} {self.config.to_json_string()} {given}"
         self._failed: dict[Any, str] = {}
 
     @classmethod
@@ -90,7 +97,7 @@ class Predictor:
             settings_of(trainer),
             fetches_ahead=fetches_ahead(trainer),
             untraced=untraced_step(trainer),
-            own=Own.of(trainer),
+            given=given_by(trainer),
         )
 
     def under(self, settings: Settings) -> Predictor:
@@ -102,7 +109,7 @@ class Predictor:
             settings,
             fetches_ahead=self._fetches_ahead,
             untraced=self._untraced,
-            own=self._own,
+            given=self._given,
         )
 
     def at(self, plan: Plan, card: Card | str | int | None = None) -> Estimate:
@@ -117,7 +124,8 @@ class Predictor:
                 the installed TRL is not modelled.
         """
         began = time.perf_counter()
-        self.settings.check(plan)
+        if self._given.tuning is None:
+            self.settings.check(plan)
         on = Card.of(card)
         if self.settings.trainer == "sft":
             check_trl()
@@ -133,7 +141,7 @@ class Predictor:
             settings=self.settings,
             card=on,
             method=method,
-            notes=(*found.notes, *_left_out(plan), *_assumed(on)),
+            notes=(*found.notes, *self._given.notes, *_left_out(plan), *_assumed(on)),
             seconds=time.perf_counter() - began,
             timeline=found.timeline,
         )
@@ -148,8 +156,9 @@ class Predictor:
             try:
                 fitted = _traces(self._described, self.settings)
                 if key not in fitted:
-                    own = self._own if self._own and self._own.optim == plan.optim else None
-                    fitted[key] = Fitted(self.config, plan, self.settings, card, own)
+                    fitted[key] = Fitted(
+                        self.config, plan, self.settings, card, self._given_with(plan)
+                    )
                 timeline = fitted[key].timeline(rows, length, plan.lora_r)
                 if card.is_host:
                     held = held_bytes(plan, length, fetches_ahead=self._fetches_ahead)
@@ -162,6 +171,11 @@ class Predictor:
                 reason = " ".join(str(error).split())[:160]
                 self._failed[key] = f"{type(error).__name__}: {reason}"
         return self._counted(plan, rows, self._failed[key])
+
+    def _given_with(self, plan: Plan) -> Given:
+        own = self._given.optimizer
+        same = own is None or own.optim == plan.optim
+        return self._given if same else self._given._replace(optimizer=None)
 
     def _replayed(self, timeline: Timeline, card: Card) -> _Measured:
         expandable = self.settings.expandable_segments
@@ -181,6 +195,8 @@ class Predictor:
             msg = f"{type(self.config).__name__} cannot be made into a model: {error}"
             raise ConfigurationError(" ".join(msg.split())[:300]) from error
         parts = closed_form.peak(self.config, model, plan, self.settings, rows)
+        if self._given.tuning is not None:
+            parts["adapters"] += self._given.tuning.others * _TRAINED_BYTES
         allocated = sum(parts.values())
         reserved = int(allocated * closed_form.RESERVED)
         parts["fragmentation"] = reserved - allocated

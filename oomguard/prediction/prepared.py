@@ -10,7 +10,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from oomguard.errors import ConfigurationError
 from oomguard.prediction import load
 from oomguard.prediction.follow import Enter, Head, Leave, inherit, quantization_tensors
-from oomguard.prediction.layers import cut, shorten
+from oomguard.prediction.layers import cut, shorten, within
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.subject import text_config
 from oomguard.prediction.world import Autocast
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from oomguard.plan import Plan
     from oomguard.prediction.recorder import Recorder
     from oomguard.prediction.settings import Settings
+    from oomguard.prediction.tuning import Tuning
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +36,7 @@ class Prepared:
         settings: What is trained, besides the plan.
         card: On which.
         recorder: Told which layer runs.
+        tuning: What is trained, where `plan` does not say it.
         whole: Whether every layer is kept, not the few that stand for all.
 
     Attributes:
@@ -52,15 +54,18 @@ class Prepared:
         card: Card,
         recorder: Recorder,
         *,
+        tuning: Tuning | None,
         whole: bool,
     ) -> None:
         self._plan, self._settings, self._recorder = plan, settings, recorder
+        self._tuning = tuning
         self.kind: dict[int, str] = {}
         self.model: Any = meta_model(config, settings)
         self.config: Any = self.model.config
         self._warm_bytes = 0 if card.is_host else load.loaded_bytes(self.model, settings)
         every = settings.checkpoint_every_n_layers if plan.gradient_checkpointing else 1
-        self.cut = None if whole else cut(self.model, text_config(self.config), every)
+        trained = None if tuning is None else tuning.layer
+        self.cut = None if whole else cut(self.model, text_config(self.config), every, trained)
         if self.cut is not None and self.cut.times > 1:
             shorten(self.model, self.config, self.cut)
 
@@ -78,7 +83,7 @@ class Prepared:
             recorder.mark(None)
             self._name("weights")
         base = self.model
-        if self._plan.lora_r is None:
+        if self._tuning is None and self._plan.lora_r is None:
             for parameter in base.parameters():
                 parameter.requires_grad_(True)
         else:
@@ -106,10 +111,15 @@ class Prepared:
         self.model.forward = convert_outputs_to_fp32(autocast)
 
     def _layer_of(self, name: str) -> int | None:
-        if self.cut is None:
-            return None
-        _, found, rest = f".{name}.".partition(f".{self.cut.path}.")
-        return self.cut.unit[int(rest.partition(".")[0])] if found else None
+        place = None if self.cut is None else within(name, self.cut.path)
+        return None if place is None or self.cut is None else self.cut.unit[place.layer]
+
+    def _deep_name(self, name: str) -> str:
+        """The name in the whole model of what has a name in the shortened one."""
+        place = None if self.cut is None else within(name, self.cut.path)
+        if place is None or self.cut is None:
+            return name
+        return f"{place.layers}.{self.cut.kept[place.layer]}{place.rest}"
 
     def _name(self, kind: str) -> None:
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -121,29 +131,15 @@ class Prepared:
                 self.kind.setdefault(number, kind)
 
     def _add_adapters(self) -> None:
-        import peft
-
         plan, settings, recorder = self._plan, self._settings, self._recorder
-        names: Any = list(plan.target_modules or ())
         first = len(recorder.nbytes)
-        config = peft.LoraConfig(
-            r=plan.lora_r or 1,
-            lora_alpha=plan.lora_r or 1,
-            lora_dropout=settings.lora_dropout,
-            use_rslora=settings.use_rslora,
-            use_dora=settings.use_dora,
-            target_modules="all-linear" if names == ["all-linear"] else names,
-            task_type="CAUSAL_LM",
-            # Other values, the same memory: random numbers of fake tensors cost time.
-            init_lora_weights=False,
-        )
-        try:
-            self.model = peft.get_peft_model(self.model, config)
-        except ValueError as error:
-            msg = f"LoRA on {', '.join(plan.target_modules or ())}: {error}"
-            raise ConfigurationError(" ".join(msg.split())[:300]) from error
+        if self._tuning is None:
+            self.model = self._with_lora(self.model)
+        else:
+            self.model = self._tuning.wrapped(self.model, plan, self._deep_name)
         wanted = settings.input_require_grads
-        if plan.gradient_checkpointing if wanted is None else wanted:
+        adapted = self._tuning is None or self._tuning.config is not None
+        if adapted and plan.gradient_checkpointing if wanted is None else wanted:
             self.model.enable_input_require_grads()
         for name, parameter in self.model.named_parameters():
             recorder.layer = self._layer_of(name)
@@ -156,6 +152,28 @@ class Prepared:
         recorder.layer = None
         self._name("adapters")
         inherit(recorder, first)
+
+    def _with_lora(self, model: Any) -> Any:
+        import peft
+
+        plan, settings = self._plan, self._settings
+        names: Any = list(plan.target_modules or ())
+        config = peft.LoraConfig(
+            r=plan.lora_r or 1,
+            lora_alpha=plan.lora_r or 1,
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            target_modules="all-linear" if names == ["all-linear"] else names,
+            task_type="CAUSAL_LM",
+            # Other values, the same memory: random numbers of fake tensors cost time.
+            init_lora_weights=False,
+        )
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            msg = f"LoRA on {', '.join(plan.target_modules or ())}: {error}"
+            raise ConfigurationError(" ".join(msg.split())[:300]) from error
 
     def _checkpoint(self, base: Any) -> None:
         every = self._settings.checkpoint_every_n_layers

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oomguard.prediction import optimizers
 from oomguard.prediction.follow import sft_stand_in
+from oomguard.prediction.losses import Loss
 from oomguard.prediction.prepared import Prepared
 from oomguard.prediction.recorder import Entry, Recorder
 from oomguard.prediction.world import patched, world
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from oomguard.prediction.layers import Cut
     from oomguard.prediction.optimizers import Own
     from oomguard.prediction.settings import Settings
+    from oomguard.prediction.tuning import Tuning
 
 
 class Shape(NamedTuple):
@@ -47,6 +49,16 @@ class Shape(NamedTuple):
     chunk_tokens: int
 
 
+class Given(NamedTuple):
+    """What a live trainer has that no plan names, and notes on what is not traced of it."""
+
+    optimizer: Own | None = None
+    tuning: Tuning | None = None
+    loss: Loss = Loss()
+    notes: tuple[str, ...] = ()
+
+
+NOTHING = Given()
 LOAD, FORWARD, BACKWARD, STEP = "load", "forward", "backward", "optimizer step"
 END = "end of step"
 
@@ -90,7 +102,7 @@ def trace(
     card: Card,
     shapes: Sequence[Shape],
     *,
-    own: Own | None = None,
+    given: Given = NOTHING,
     whole: bool = False,
 ) -> Trace:
     """Trace two steps in passes of the first shape, and one more pass of each of the others.
@@ -101,13 +113,14 @@ def trace(
         settings: What is trained, besides the plan.
         card: On which.
         shapes: Of the passes.
-        own: The optimizer, where it is not `plan.optim`.
+        given: What is trained, and by which optimizer, where `plan` does not say it.
         whole: Whether every layer is traced, not the few that stand for all.
 
     Raises:
         Exception: Whatever the model's own code raises on fake tensors.
     """
     args = optimizers.arguments(plan.optim or "adamw_torch_fused")
+    own = given.optimizer
     fused = "fused" in args.optim.value if own is None else bool(own.kwargs.get("fused"))
     recorder = Recorder(card, count_scalars=fused or card.is_host)
     padded, packed = settings.padded, settings.packing
@@ -116,9 +129,10 @@ def trace(
         world(card, padded=padded, packed=packed, on_chunk=recorder.chunk),
         optimizers.on_card(),
     ):
-        made = Prepared(config, plan, settings, card, recorder, whole=whole)
+        tuning = given.tuning
+        made = Prepared(config, plan, settings, card, recorder, tuning=tuning, whole=whole)
         optimizer = partial(optimizers.create, args=args, own=own)
-        return _Run(plan, settings, card, optimizer, recorder, made).trace(shapes)
+        return _Run(plan, settings, card, optimizer, given.loss, recorder, made).trace(shapes)
 
 
 @contextmanager
@@ -143,9 +157,11 @@ class _Run:
         settings: Settings,
         card: Card,
         optimizer: Callable[[nn.Module], Any],
+        loss: Loss,
         recorder: Recorder,
         made: Prepared,
     ) -> None:
+        self._loss_made = loss
         self._plan, self._settings, self._card = plan, settings, card
         self._optimizer, self._recorder, self._made = optimizer, recorder, made
 
@@ -245,17 +261,13 @@ class _Run:
 
     def _loss(self, inputs: dict[str, torch.Tensor]) -> Any:
         items = self._integers()
-        if self._settings.trainer == "sft":
-            from trl import SFTTrainer
+        model = self._made.model
+        if self._settings.trainer != "sft":
+            return self._loss_made.of_logits(model, inputs, items)
+        from trl import SFTTrainer
 
-            return SFTTrainer.compute_loss(
-                sft_stand_in(self._made.model, self._made.config),
-                self._made.model,
-                inputs,
-                num_items_in_batch=items,
-            )
-        outputs = self._made.model(**inputs, num_items_in_batch=items)
-        return outputs["loss"]
+        stand_in = sft_stand_in(model, self._made.config, self._loss_made)
+        return SFTTrainer.compute_loss(stand_in, model, inputs, num_items_in_batch=items)
 
     def _copies(self, gradients: dict[nn.Parameter, int]) -> Iterator[torch.Tensor]:
         """Every gradient as often as the deep model has it."""

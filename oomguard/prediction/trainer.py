@@ -13,7 +13,12 @@ from oomguard.errors import ConfigurationError
 from oomguard.levers import activations
 from oomguard.levers.live import read_plan
 from oomguard.levers.trl_losses import trl_class
+from oomguard.memory import device
+from oomguard.prediction.losses import Loss
+from oomguard.prediction.optimizers import Own
 from oomguard.prediction.settings import Settings
+from oomguard.prediction.trace import Given
+from oomguard.prediction.tuning import Tuning
 
 if TYPE_CHECKING:
     from oomguard.plan import Plan
@@ -74,9 +79,26 @@ def model_of(trainer: Any) -> Any:
 def untraced_step(trainer: Any) -> str | None:
     """Why the steps of a trainer cannot be traced; `None` where they are SFT's or a Trainer's."""
     name = trl_class(trainer)
+    how = getattr(activations.base_model(trainer).config, "quantization_config", None)
+    method = getattr(getattr(how, "quant_method", None), "value", None)
+    if method not in {None, "bitsandbytes"}:
+        return f"a base quantized by {method} is not: its weights are counted as 16 bits"
     if name in {None, "SFTTrainer"}:
         return None
     return f"a step of {name} is not SFTTrainer's: pairs of rows are counted, and no second model"
+
+
+def given_by(trainer: Any) -> Given:
+    """What a live trainer has that neither its plan nor its settings say."""
+    loss, notes = Loss.of(trainer), []
+    if loss.own is not None:
+        notes.append(f"{loss.own} is not traced: a cross entropy of full logits is counted for it")
+    notes += [
+        f"{name} is not traced: the same training without it is counted"
+        for name in ("use_liger_kernel", "torch_compile")
+        if getattr(trainer.args, name, False)
+    ]
+    return Given(Own.of(trainer), Tuning.of(trainer), loss, tuple(notes))
 
 
 def settings_of(trainer: Any) -> Settings:
@@ -88,6 +110,7 @@ def settings_of(trainer: Any) -> Settings:
     packing = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
     ragged = len(set(lengths)) > 1 and args.per_device_train_batch_size > 1
     quantization, double_quant = _quantization(model)
+    sft = trl_class(trainer) == "SFTTrainer"
     return Settings(
         quantization=quantization,
         double_quant=double_quant,
@@ -99,10 +122,11 @@ def settings_of(trainer: Any) -> Settings:
         attn_implementation=_attention(model),
         padded=ragged and not packing,
         packing=packing,
-        trainer="sft" if trl_class(trainer) == "SFTTrainer" else "trainer",
+        trainer="sft" if sft and not Loss.of(trainer).in_place else "trainer",
         checkpoint_every_n_layers=int(kwargs.get("every_n_layers", 1)),
         use_reentrant=bool(kwargs.get("use_reentrant", False)),
         input_require_grads=_input_grads(model),
+        expandable_segments=args.device.type == "cuda" and bool(device.expandable_segments()),
         max_grad_norm=float(args.max_grad_norm or 0.0),
     )
 

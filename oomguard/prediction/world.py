@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from oomguard.prediction import autocast, int8
 from oomguard.prediction.attention import scaled_dot_product_attention
@@ -65,6 +66,7 @@ def world(
         if hasattr(masking_utils, "is_tracing"):  # not in transformers 4
             put(masking_utils, is_tracing=lambda *_: packed, fast_all=lambda *_: not padded)
         put(nn.Module, _apply=_apply)
+        put(FakeTensor, __deepcopy__=_copy)
         put(checkpoint, get_device_states=lambda *_: ([], []))
         put(checkpoint, set_device_states=lambda *_, **__: None)
         if not card.is_host:
@@ -138,6 +140,15 @@ def _dropout(
 ) -> Any:
     """CUDA's fused dropout keeps a mask of one byte for each element."""
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _copy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+    """A copy whose views are of its own storage; those of PyTorch's copy are not."""
+    data: Any = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        data = nn.Parameter(data, tensor.requires_grad)
+    memo[id(tensor)] = data
+    return data
 
 
 def _apply(module: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
