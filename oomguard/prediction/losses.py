@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ def _names_used(trainer: Any) -> tuple[str, ...] | None:
         method = vars(owner).get("compute_loss")
         if method is None or _package(owner) == "oomguard":
             continue
-        names: tuple[str, ...] = getattr(getattr(method, "__code__", None), "co_names", ())
+        code = getattr(inspect.unwrap(method), "__code__", None)
+        names: tuple[str, ...] = getattr(code, "co_names", ())
         return None if _package(method) in _KNOWN or "compute_loss" in names else names
     return None
 

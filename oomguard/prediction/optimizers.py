@@ -60,7 +60,7 @@ class Own:
 
 def _made_with(optimizer: Any) -> dict[str, Any]:
     """Arguments that make an optimizer like this one."""
-    kept = dict(optimizer.defaults)
+    kept = dict(getattr(optimizer, "defaults", {}))
     if is_bitsandbytes(optimizer):
         kept |= {"is_paged": optimizer.is_paged}
         if "bit" not in type(optimizer).__name__:  # AdamW8bit takes no other number

@@ -87,7 +87,7 @@ class Prepared:
             for parameter in base.parameters():
                 parameter.requires_grad_(True)
         else:
-            self._add_adapters()
+            self._tune()
         if self._plan.gradient_checkpointing:
             self._checkpoint(base)
         if settings.trainer == "sft":
@@ -130,7 +130,7 @@ class Prepared:
             if number is not None:
                 self.kind.setdefault(number, kind)
 
-    def _add_adapters(self) -> None:
+    def _tune(self) -> None:
         plan, settings, recorder = self._plan, self._settings, self._recorder
         first = len(recorder.nbytes)
         if self._tuning is None:

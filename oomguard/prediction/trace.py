@@ -161,7 +161,7 @@ class _Run:
         recorder: Recorder,
         made: Prepared,
     ) -> None:
-        self._loss_made = loss
+        self._given_loss = loss
         self._plan, self._settings, self._card = plan, settings, card
         self._optimizer, self._recorder, self._made = optimizer, recorder, made
 
@@ -263,10 +263,10 @@ class _Run:
         items = self._integers()
         model = self._made.model
         if self._settings.trainer != "sft":
-            return self._loss_made.of_logits(model, inputs, items)
+            return self._given_loss.of_logits(model, inputs, items)
         from trl import SFTTrainer
 
-        stand_in = sft_stand_in(model, self._made.config, self._loss_made)
+        stand_in = sft_stand_in(model, self._made.config, self._given_loss)
         return SFTTrainer.compute_loss(stand_in, model, inputs, num_items_in_batch=items)
 
     def _copies(self, gradients: dict[nn.Parameter, int]) -> Iterator[torch.Tensor]:
