@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 from transformers import (
     BertConfig,
+    DeepseekV3Config,
     GPT2Config,
     MixtralConfig,
     ViTConfig,
@@ -130,6 +131,7 @@ def test_what_is_asked_for_by_name_is_traced() -> None:
         (tiny.deep_config(), {**_FULL, "optim": "paged_adamw_32bit", "dtype": "float32"}),
         (GPT2Config(n_layer=6, n_embd=64, n_head=4), {"target_modules": ("c_attn",)}),
         (MixtralConfig(**_MIXTRAL), {}),
+        (DeepseekV3Config(**_DEEPSEEK), {"target_modules": ("o_proj",)}),
     )
     for config, settings in more:
         found = estimate(config, **{**LORA, "max_length": 64, **settings})
@@ -144,6 +146,20 @@ _MIXTRAL: dict[str, Any] = {
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+
+
+_DEEPSEEK: dict[str, Any] = {  # whose values are narrower than its keys
+    **_MIXTRAL,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
 }
 
 

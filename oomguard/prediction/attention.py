@@ -38,7 +38,7 @@ def scaled_dot_product_attention(card: Card) -> Callable[..., Any]:
         width = query.shape[-1]
         grouped = enable_gqa and key.shape[1] != query.shape[1]
         flash = query.dtype in _HALF and attn_mask is None and width % 8 == 0
-        if has_flash and flash and width <= _FLASH_WIDTH:
+        if has_flash and flash and width <= _FLASH_WIDTH and value.shape[-1] == width:
             return _ATEN._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )[0]

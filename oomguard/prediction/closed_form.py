@@ -117,7 +117,7 @@ def _activations(
     chosen = int(getattr(text, "num_experts_per_tok", None) or 1)
     experts = chosen * sum(sum(p.shape[1:]) for p in model.parameters() if p.ndim == _STACKED)
     kept = _KEPT * (experts + sum(sum(m.weight.shape) for m in linear.values())) * size * tokens
-    heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_attention_heads", 0))  # Mamba has none
     grouped = (getattr(text, "num_key_value_heads", None) or heads) != heads
     unfused = settings.dtype == "float32" and settings.autocast == "no" and grouped
     if settings.attn_implementation == "eager" or unfused:

@@ -22,6 +22,7 @@ Entry = tuple[str, Any, int | None]
 language-model head, or `("p", None, layer)`, a thread's first product."""
 
 HEAD = "head"
+_MOST_OPS = 150_000  # some seven times what a hundred layers run, traced one by one
 _ATEN = torch.ops.aten
 # What cuBLAS computes, for which each thread has a workspace.
 _PRODUCTS = frozenset(
@@ -74,6 +75,7 @@ class Recorder(TorchDispatchMode):
         self.blocks: list[range] = []
         self._multiplied: set[bool] = set()  # by the main thread (False), by autograd's
         self._matmul: Matmul | None = None
+        self._ops = 0
 
     def mark(self, phase: str | None) -> None:
         """A phase begins here."""
@@ -152,6 +154,10 @@ class Recorder(TorchDispatchMode):
             fake = args[0]
             return _META if fake.fake_mode.in_kernel_invocation else fake.fake_device
         kwargs = kwargs or {}
+        self._ops += 1
+        if self._ops > _MOST_OPS:
+            msg = f"it runs more than {_MOST_OPS:,} ops, as loops over tokens do"
+            raise RuntimeError(msg)
         if self.paused:
             return func(*args, **kwargs)
         kernel = self._kernels.get(func)
