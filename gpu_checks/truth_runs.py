@@ -194,6 +194,10 @@ def request(run: dict[str, Any]) -> tuple[Plan, Settings]:
     values: dict[str, Any] = {"gradient_checkpointing": True, "optim": "adamw_torch_fused", **run}
     values["per_device_train_batch_size"] = values.pop("batch", 1)
     values["gradient_accumulation_steps"] = values.pop("accumulation", 1)
+    if values.get("padded"):  # all rows of a batch but the first are half as long
+        rows, length = values["per_device_train_batch_size"], values["max_length"]
+        trained = length - 1 + (rows - 1) * (length // 2 - 1)
+        values["target_share"] = trained / (rows * (length - 1))
     kept = {name: value for name, value in values.items() if name in Settings.names()}
     plan = Plan(**{name: value for name, value in values.items() if name not in kept})
     return plan, Settings(**kept)

@@ -234,6 +234,7 @@ def test_a_live_trainer_is_estimated_and_left_alone(tmp_path: Path) -> None:
         (tiny.deep_config(), {"lora_r": None, "quantization": "nf4"}, "cannot be trained whole"),
         (tiny.deep_config(), {"lora_r": None, "use_dora": True}, "belong to LoRA"),
         (tiny.deep_config(), {"padded": True, "packing": True}, "exclude each other"),
+        (tiny.deep_config(), {"target_share": 0.0}, "above 0 and at most 1"),
         (
             tiny.deep_config(),
             {"optim": "nothing", "trainer": "trainer"},

@@ -82,6 +82,7 @@ CASES: dict[str, tuple[Callable[[], PretrainedConfig], Settings, dict[str, Any]]
         {"lora_r": None, "target_modules": None, "gradient_checkpointing": False},
     ),
     "window, padded": (windowed, Settings(padded=True), {}),
+    "half padding": (tiny.deep_config, Settings(padded=True, target_share=0.53), {}),
     "plain trainer": (tiny.deep_config, Settings(trainer="trainer", mixed_precision="bf16"), {}),
     "plain trainer, padded": (tiny.deep_config, Settings(trainer="trainer", padded=True), {}),
     "packed": (tiny.deep_config, Settings(packing=True), {}),

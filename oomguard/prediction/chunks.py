@@ -15,11 +15,6 @@ CHUNK_TOKENS = 4096  # TRL's TOKEN_CHUNK_SIZE
 TRACED = 3
 
 
-def chunks_of(rows: int, length: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
-    """Chunks of a pass: the last token of a row predicts nothing."""
-    return -(-rows * (length - 1) // chunk_tokens)
-
-
 def with_chunks(deep: Deep, chunks: int) -> Deep:
     """`deep`, whose heads go through `TRACED` chunks, with another number of them.
 

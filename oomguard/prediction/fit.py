@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from oomguard.prediction.chunks import CHUNK_TOKENS, TRACED, chunks_of
+from oomguard.prediction.chunks import CHUNK_TOKENS, TRACED
 from oomguard.prediction.depth import NotAlikeError, deepen
-from oomguard.prediction.products import MASK_ALIGNMENT, predicted, products_of, told_apart
+from oomguard.prediction.products import MASK_ALIGNMENT, products_of, told_apart
 from oomguard.prediction.subject import text_config
 from oomguard.prediction.trace import NOTHING, Given, Shape, trace
 from oomguard.prediction.way import Way
@@ -48,6 +48,8 @@ class Fitted:
         self._window = getattr(text, "sliding_window", None)
         self._masked = settings.padded or settings.packing or self._window is not None
         self._chunked = settings.trainer == "sft"
+        # On the host the head takes every token, and without TRL's there is none.
+        self._target_share = settings.target_share if self._chunked and not card.is_host else 1.0
         self._one_rank = given.tuning is None or given.tuning.one_rank
         self._ways: dict[tuple[Any, int | None], Way] = {}
 
@@ -55,7 +57,7 @@ class Fitted:
         """The timeline of passes of `rows` x `length` tokens, which packing makes one row."""
         if self._settings.packing:
             rows, length = 1, rows * length
-        own = Shape(rows, length, CHUNK_TOKENS)
+        own = Shape(rows, length, CHUNK_TOKENS, self._target_share)
         found = self._of(own, rank).at(own)
         if found is None:
             self._ways[self._way(own), rank] = way = self._trace((own,), rank)
@@ -74,10 +76,10 @@ class Fitted:
 
     def _way(self, shape: Shape) -> Any:
         """What the shape decides."""
-        rows, length, _ = shape
+        rows, length = shape.rows, shape.length
         return (
             # The head's kernels mark its chunks, and on the host it has none.
-            chunks_of(rows, length) if self._chunked and self._card.is_host else None,
+            shape.chunks if self._chunked and self._card.is_host else None,
             rows == 1,
             self._window is not None and length >= self._window,
             self._masked and length % MASK_ALIGNMENT == 0,
@@ -105,7 +107,7 @@ class Fitted:
 
     def _any(self, own: Shape, rank: int | None) -> Way:
         """A trace for shapes like this one, of three chunks of the head."""
-        rows, length, _ = own
+        rows, length = own.rows, own.length
         if self._card.is_host:
             return self._traced(own, rank)
         if rows == 1 and not self._settings.packing:
@@ -113,8 +115,8 @@ class Fitted:
             way = self._of(own._replace(rows=2), rank)
             if not way.multiplies_attention:
                 return way
-        if predicted(own) < _FEW_TOKENS:
-            length += MASK_ALIGNMENT
+        if own.targets < _FEW_TOKENS:
+            length += -(-_FEW_TOKENS // MASK_ALIGNMENT) * MASK_ALIGNMENT
         return self._traced(self._shape(rows, length), rank)
 
     def _traced(self, shape: Shape, rank: int | None) -> Way:
@@ -122,16 +124,17 @@ class Fitted:
         return self._trace((shape,) if other is None else (shape, other), rank)
 
     def _shape(self, rows: int, length: int) -> Shape:
+        shape = Shape(rows, length, CHUNK_TOKENS, self._target_share)
         if not self._chunked or self._card.is_host:
-            return Shape(rows, length, CHUNK_TOKENS)
-        return Shape(rows, length, rows * (length - 1) // TRACED + 1)
+            return shape
+        return shape._replace(chunk_tokens=shape.targets // TRACED + 1)
 
     def _other(self, shape: Shape) -> Shape | None:
         """A shape of other rows and another length that runs the same way.
 
         Of those at hand the one that tells most products apart.
         """
-        rows, length, _ = shape
+        rows, length = shape.rows, shape.length
         found = set()
         for more in (0, 1, 2, 3, -1):
             others = rows + more
@@ -143,7 +146,7 @@ class Fitted:
         alike = [
             other
             for other in (self._shape(*one) for one in sorted(found))
-            if predicted(other) >= _FEW_TOKENS and self._way(other) == self._way(shape)
+            if other.targets >= _FEW_TOKENS and self._way(other) == self._way(shape)
         ]
         return max(alike, key=lambda other: told_apart(shape, other), default=None)
 

@@ -61,7 +61,7 @@ def kernels(card: Card, recorder: Recorder) -> dict[Any, Kernel]:
     table: dict[Any, Kernel] = {
         _ATEN._local_scalar_dense.default: _item,
         _ATEN.equal.default: lambda *_: True,
-        _ATEN.index.Tensor: _index,
+        _ATEN.index.Tensor: _index(recorder),
         _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward(card, recorder),
     }
     if hasattr(_ATEN, "_grouped_mm"):  # not in every PyTorch
@@ -94,13 +94,17 @@ def _item(value: Tensor) -> Any:
     return True if value.dtype == torch.bool else 1
 
 
-def _index(value: Tensor, indices: Any) -> Any:
-    """`value[mask]`, at worst all of it; CUDA makes indices of the mask first (nonzero)."""
-    mask = indices[0]
-    if len(indices) != 1 or mask is None or mask.dtype != torch.bool:
-        return NotImplemented
-    found = mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
-    return value.new_empty((len(found), *value.shape[mask.ndim :]))
+def _index(recorder: Recorder) -> Kernel:
+    def index(value: Tensor, indices: Any) -> Any:
+        """`value[mask]`, at worst all of it; CUDA makes indices of the mask first (nonzero)."""
+        mask = indices[0]
+        if len(indices) != 1 or mask is None or mask.dtype != torch.bool:
+            return NotImplemented
+        count = recorder.targets if recorder.in_head else mask.numel()
+        found = mask.new_empty((count, mask.ndim), dtype=torch.int64)
+        return value.new_empty((len(found), *value.shape[mask.ndim :]))
+
+    return index
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Any:

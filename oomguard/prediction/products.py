@@ -22,20 +22,16 @@ if TYPE_CHECKING:
 MASK_ALIGNMENT = 16
 
 
-def predicted(shape: Shape) -> int:
-    """Tokens that a pass predicts: the last of a row predicts nothing."""
-    return shape.rows * (shape.length - 1)
-
-
 # What the bytes of an allocation can be a multiple of, the likelier first.
 PRODUCTS: tuple[Product, ...] = (
     lambda shape: 1,
     lambda shape: shape.rows * shape.length,
-    predicted,
+    lambda shape: shape.predicted,
+    lambda shape: shape.targets,
     lambda shape: shape.length,
     lambda shape: shape.rows,
-    lambda shape: min(predicted(shape), shape.chunk_tokens),
-    lambda shape: (predicted(shape) - 1) % shape.chunk_tokens + 1,
+    lambda shape: min(shape.targets, shape.chunk_tokens),
+    lambda shape: (shape.targets - 1) % shape.chunk_tokens + 1,
     lambda shape: shape.length - 1,
     lambda shape: shape.length**2,
     lambda shape: shape.rows * shape.length**2,

@@ -50,6 +50,7 @@ class Recorder(TorchDispatchMode):
         in_backward: Whether autograd's backward runs now.
         stepping: Whether the optimizer runs now.
         paused: Whether nothing is recorded now.
+        targets: Tokens that the language-model head takes.
         dequantized: The product of each id that is only taken if the product is not fused.
         blocks: Ids that are parts of one allocation.
     """
@@ -71,6 +72,7 @@ class Recorder(TorchDispatchMode):
         self.in_backward = False
         self.stepping = False
         self.paused = False
+        self.targets = 0
         self.dequantized: dict[int, Matmul] = {}
         self.blocks: list[range] = []
         self._multiplied: set[bool] = set()  # by the main thread (False), by autograd's

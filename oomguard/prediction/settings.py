@@ -38,6 +38,8 @@ class Settings:
         padded: Whether rows of a batch differ in length, so that a padding mask is in force.
         packing: Whether rows are packed to `max_length` without padding, documents told apart by
             their positions.
+        target_share: Of the tokens that a pass predicts, how many are trained on: less than 1 with
+            padding, or where prompts are masked. TRL's head leaves the others out.
         trainer: `"sft"`, TRL's SFTTrainer with its chunked language-model head, or `"trainer"`, a
             plain Trainer with full logits.
         checkpoint_every_n_layers: With checkpointing on, how many layers share one checkpoint.
@@ -61,6 +63,7 @@ class Settings:
     attn_implementation: str = "sdpa"
     padded: bool = False
     packing: bool = False
+    target_share: float = 1.0
     trainer: str = "sft"
     checkpoint_every_n_layers: int = 1
     use_reentrant: bool = False
@@ -78,6 +81,9 @@ class Settings:
         every = self.checkpoint_every_n_layers
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             msg = f"checkpoint_every_n_layers is {every!r}; it must be a whole number of 1 or more"
+            raise ConfigurationError(msg)
+        if not 0.0 < self.target_share <= 1.0:
+            msg = f"target_share is {self.target_share!r}; it must be above 0 and at most 1"
             raise ConfigurationError(msg)
         if not 0.0 <= self.lora_dropout < 1.0:
             msg = f"lora_dropout is {self.lora_dropout!r}; it must be at least 0 and below 1"

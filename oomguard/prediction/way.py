@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from oomguard.prediction.chunks import chunks_of, with_chunks
+from oomguard.prediction.chunks import with_chunks
 from oomguard.prediction.depth import Deep, NotAlikeError
 from oomguard.prediction.kernels import fused_4bit
 from oomguard.prediction.products import PRODUCTS
@@ -79,10 +79,9 @@ class Way:
         return timeline(self.traced, deep, nbytes, self.card)
 
     def _deep(self, shape: Shape) -> Deep:
-        chunks = chunks_of(*shape)
-        if not self.chunked or chunks == chunks_of(*self.shapes[0]):
+        if not self.chunked or shape.chunks == self.shapes[0].chunks:
             return self.deep
-        return with_chunks(self.deep, chunks)
+        return with_chunks(self.deep, shape.chunks)
 
     def _nbytes(self, shape: Shape) -> list[int] | None:
         """The bytes of each id; none of parts of another, and of what is not taken there."""
