@@ -189,14 +189,19 @@ TINY = {
 }
 
 
+def batch_lengths(rows: int, length: int, *, padded: bool) -> list[int]:
+    """Tokens of the rows of a batch; where padded, all but the first are half as long."""
+    return [length // 2 if padded and row else length for row in range(rows)]
+
+
 def request(run: dict[str, Any]) -> tuple[Plan, Settings]:
     """The plan and the settings of a run of `RUNS`."""
     values: dict[str, Any] = {"gradient_checkpointing": True, "optim": "adamw_torch_fused", **run}
     values["per_device_train_batch_size"] = values.pop("batch", 1)
     values["gradient_accumulation_steps"] = values.pop("accumulation", 1)
-    if values.get("padded"):  # all rows of a batch but the first are half as long
+    if values.get("padded"):
         rows, length = values["per_device_train_batch_size"], values["max_length"]
-        trained = length - 1 + (rows - 1) * (length // 2 - 1)
+        trained = sum(one - 1 for one in batch_lengths(rows, length, padded=True))
         values["target_share"] = trained / (rows * (length - 1))
     kept = {name: value for name, value in values.items() if name in Settings.names()}
     plan = Plan(**{name: value for name, value in values.items() if name not in kept})

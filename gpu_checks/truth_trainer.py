@@ -18,6 +18,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from gpu_checks.truth_runs import batch_lengths
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -85,11 +87,10 @@ def loaded(folder: Path, settings: Settings) -> Any:
 def rows(plan: Plan, settings: Settings, vocabulary: int) -> Dataset:
     """Rows of full length for all steps; where padded, only the first of each batch is."""
     batch, length = plan.per_device_train_batch_size, plan.max_length or 1024
-    count = STEPS * batch * plan.gradient_accumulation_steps
-    short = length // 2
-    lengths = [short if settings.padded and i % batch else length for i in range(count)]
+    batches = STEPS * plan.gradient_accumulation_steps
+    lengths = batch_lengths(batch, length, padded=settings.padded) * batches
     if settings.packing:
-        lengths = [short] * (2 * count)
+        lengths = [length // 2] * (2 * len(lengths))
     ids = [torch.randint(3, vocabulary, (n,)).tolist() for n in lengths]
     columns = {"input_ids": ids}
     if settings.trainer == "trainer":

@@ -83,6 +83,15 @@ needs_grouped_experts = pytest.mark.skipif(
 )
 
 
+MARKS: dict[str, Any] = {
+    "an unfrozen head": pytest.mark.slow,
+    "two layers": pytest.mark.slow,
+    "ranks": pytest.mark.slow,
+    "IA3": pytest.mark.slow,
+    "experts": (pytest.mark.slow, needs_grouped_experts),
+}
+
+
 class Pops(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         labels = inputs.pop("labels")
@@ -112,19 +121,11 @@ def predicted_and_measured(trainer: Any) -> tuple[Any, int]:
     return found, card.peak_bytes
 
 
-@pytest.mark.parametrize("kind", ["a head besides LoRA", "the last layer"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in TUNED])
 def test_what_is_trained_is_what_is_predicted(kind: str, tmp_path: Path) -> None:
     found, measured = predicted_and_measured(plain(TUNED[kind](), 12, output_dir=str(tmp_path)))
     assert (found.method, found.notes) == ("traced", ())
     assert found.peak_allocated_bytes == measured
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=needs_grouped_experts) if k == "experts" else k for k in TUNED]
-)
-def test_whatever_is_trained_is_what_is_predicted(kind: str, tmp_path: Path) -> None:
-    test_what_is_trained_is_what_is_predicted(kind, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [Pops, pytest.param(Keeps, marks=pytest.mark.slow)])

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from oomguard.prediction.chunks import CHUNK_TOKENS, TRACED
 from oomguard.prediction.depth import NotAlikeError, deepen
 from oomguard.prediction.products import MASK_ALIGNMENT, products_of, told_apart
+from oomguard.prediction.shape import Shape
 from oomguard.prediction.subject import text_config
-from oomguard.prediction.trace import NOTHING, Given, Shape, trace
+from oomguard.prediction.trace import NOTHING, Given, trace
 from oomguard.prediction.way import Way
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Fitted:
             if not way.multiplies_attention:
                 return way
         if own.targets < _FEW_TOKENS:
-            length += -(-_FEW_TOKENS // MASK_ALIGNMENT) * MASK_ALIGNMENT
+            length += MASK_ALIGNMENT
         return self._traced(self._shape(rows, length), rank)
 
     def _traced(self, shape: Shape, rank: int | None) -> Way:

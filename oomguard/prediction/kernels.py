@@ -62,10 +62,9 @@ def kernels(card: Card, recorder: Recorder) -> dict[Any, Kernel]:
         _ATEN._local_scalar_dense.default: _item,
         _ATEN.equal.default: lambda *_: True,
         _ATEN.index.Tensor: _index(recorder),
+        _ATEN._grouped_mm.default: _grouped_mm,
         _ATEN._scaled_dot_product_flash_attention_backward.default: _flash_backward(card, recorder),
     }
-    if hasattr(_ATEN, "_grouped_mm"):  # not in every PyTorch
-        table[_ATEN._grouped_mm.default] = _grouped_mm
     if find_spec("bitsandbytes") is not None:
         import bitsandbytes  # noqa: F401 - registers its ops
 

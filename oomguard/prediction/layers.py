@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PretrainedConfig
 
@@ -36,6 +36,18 @@ class Cut:
     unit: tuple[int, ...]
     cloned: int
     times: int
+
+    def unit_of(self, name: str) -> int | None:
+        """The unit that what has this name in the shorter model belongs to."""
+        place = within(name, self.path)
+        return None if place is None else self.unit[place.layer]
+
+    def deep_name(self, name: str) -> str:
+        """The name in the deep model of what has this name in the shorter one."""
+        place = within(name, self.path)
+        if place is None:
+            return name
+        return f"{place.layers}.{self.kept[place.layer]}{place.rest}"
 
 
 class Place(NamedTuple):
@@ -75,7 +87,10 @@ def _is_outer(name: str) -> bool:
 
 
 def cut(
-    model: nn.Module, text: Any, every: int = 1, trained: Callable[[str, int], Any] | None = None
+    model: nn.Module,
+    text: Any,
+    every: int = 1,
+    trained: Callable[[str], Mapping[int, Any]] | None = None,
 ) -> Cut | None:
     """How to shorten `model`.
 
@@ -83,7 +98,7 @@ def cut(
         model: On the meta device, of full depth.
         text: The configuration of its language model.
         every: Layers that belong together because they share one checkpoint.
-        trained: What is trained of a layer, by the path of the list and its index.
+        trained: What is trained of each layer of the list at a path, by index.
 
     Returns:
         The cut; `None` where the model has no list of layers.
@@ -93,8 +108,9 @@ def cut(
         return None
     path, layers = found
     types = getattr(text, "layer_types", None) or [None] * len(layers)
+    told = trained(path) if trained else {}
     signs = [
-        (_signature(layer, kind), trained and trained(path, index))
+        (_signature(layer, kind), told.get(index))
         for index, (layer, kind) in enumerate(zip(layers, types, strict=False))
     ]
     depth = len(signs)

@@ -10,7 +10,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from oomguard.errors import ConfigurationError
 from oomguard.prediction import load
 from oomguard.prediction.follow import Enter, Head, Leave, inherit, quantization_tensors
-from oomguard.prediction.layers import cut, shorten, within
+from oomguard.prediction.layers import cut, shorten
 from oomguard.prediction.model import meta_model
 from oomguard.prediction.subject import text_config
 from oomguard.prediction.world import Autocast
@@ -64,7 +64,7 @@ class Prepared:
         self.config: Any = self.model.config
         self._warm_bytes = 0 if card.is_host else load.loaded_bytes(self.model, settings)
         every = settings.checkpoint_every_n_layers if plan.gradient_checkpointing else 1
-        trained = None if tuning is None else tuning.layer
+        trained = None if tuning is None else tuning.layers
         self.cut = None if whole else cut(self.model, text_config(self.config), every, trained)
         if self.cut is not None and self.cut.times > 1:
             shorten(self.model, self.config, self.cut)
@@ -111,15 +111,10 @@ class Prepared:
         self.model.forward = convert_outputs_to_fp32(autocast)
 
     def _layer_of(self, name: str) -> int | None:
-        place = None if self.cut is None else within(name, self.cut.path)
-        return None if place is None or self.cut is None else self.cut.unit[place.layer]
+        return None if self.cut is None else self.cut.unit_of(name)
 
     def _deep_name(self, name: str) -> str:
-        """The name in the whole model of what has a name in the shortened one."""
-        place = None if self.cut is None else within(name, self.cut.path)
-        if place is None or self.cut is None:
-            return name
-        return f"{place.layers}.{self.cut.kept[place.layer]}{place.rest}"
+        return name if self.cut is None else self.cut.deep_name(name)
 
     def _name(self, kind: str) -> None:
         tensors = [*self.model.parameters(), *self.model.buffers()]

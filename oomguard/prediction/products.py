@@ -15,7 +15,8 @@ from oomguard.prediction.kernels import up
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from oomguard.prediction.trace import Shape, Trace
+    from oomguard.prediction.shape import Shape
+    from oomguard.prediction.trace import Trace
 
     Product = Callable[[Shape], int]
 

@@ -70,9 +70,9 @@ class Tuning:
         """Trained numbers that are not LoRA's."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if _LORA not in name)
 
-    def layer(self, path: str, index: int) -> Any:
-        """What is trained of one layer of the list at `path`."""
-        return _by_layer(self.shapes, path)[index]
+    def layers(self, path: str) -> dict[int, list[Any]]:
+        """What is trained of each layer of the list at `path`, by index."""
+        return _by_layer(self.shapes, path)
 
     def wrapped(self, model: Any, plan: Plan, deep_name: Callable[[str], str]) -> Any:
         """`model` with the adapters that `plan` leaves, ready to be trained.

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from oomguard.memory.cards import Card
     from oomguard.memory.timeline import Timeline
     from oomguard.prediction.products import Product
-    from oomguard.prediction.trace import Shape, Trace
+    from oomguard.prediction.shape import Shape
+    from oomguard.prediction.trace import Trace
 
 _SOFTMAX = frozenset(("_softmax.default", "_safe_softmax.default"))
 
